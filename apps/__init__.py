@@ -1,0 +1,1 @@
+"""Programs built on seguncert: the training recipe, the sample pictures, the page."""

@@ -1,0 +1,76 @@
+"""Print how good a model is on labelled images: mIoU, pixel accuracy and NLL, overall, per class and per group.
+
+    python -m seguncert.apps.quality street IMAGES LABELS --ignore-index 11 --group sequence
+    python -m seguncert.apps.quality nuclei IMAGES LABELS --group look
+
+One deterministic pass per image, at the image's own size; pixels of the ignore index do not count.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from seguncert.evaluation import Counts, find_pairs, measure, total
+from seguncert.image import read_image
+from seguncert.model import load_model
+
+
+class Group(str, Enum):
+    none = "none"
+    sequence = "sequence"
+    look = "look"
+
+
+def look(rgb: np.ndarray) -> str:
+    """Kind of micrograph, from two numbers: median brightness (of 255) and mean saturation (HSV, of 255)."""
+    hue_saturation_value = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)
+    dark = np.median(hue_saturation_value[..., 2]) < 100
+    if hue_saturation_value[..., 1].mean() > 20:
+        return "stained, dark" if dark else "stained, light (histology)"
+    return "grey, dark (fluorescence)" if dark else "grey, light (bright field)"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="bundled model or model folder")],
+    images: Path,
+    labels: Path,
+    ignore_index: Annotated[int | None, typer.Option(help="label of pixels that do not count")] = None,
+    group: Annotated[Group, typer.Option(help="sequence: name before _; look: kind of micrograph")] = Group.none,
+    only: Annotated[str | None, typer.Option(help="only images whose name begins so")] = None,
+    scale: str = "auto",
+) -> None:
+    """Measure and print."""
+    net = load_model(model)
+    C = len(net.classes)
+    pairs = [pair for pair in find_pairs(images, labels) if pair[0].name.startswith(only or "")]
+    counts = measure(net, pairs, ignore_index, scale)
+
+    groups: dict[str, list[Counts]] = defaultdict(list)
+    for image, part in counts.items():
+        groups["all"].append(part)
+        if group is Group.sequence:
+            groups[image.stem.split("_")[0]].append(part)
+        elif group is Group.look:
+            groups[look(read_image(image).rgb)].append(part)
+    table = Table("group", "images", "mIoU", "pixel accuracy", "NLL / nat", *(f"IoU {name}" for name in net.classes))
+    for name, parts in sorted(groups.items(), key=lambda item: -len(item[1])):
+        merged = total(parts, C)
+        values = merged.compute()
+        numbers = [values["miou"], values["accuracy"], values["nll"], *merged.iou_C()]
+        table.add_row(name, str(len(parts)), *(f"{number:.3f}" for number in numbers))
+    console = Console(width=60 + 16 * (C + 3))
+    console.print(f"{model}, sha256 {net.sha256[:12]}…, {images}, ignore index {ignore_index}, scale {scale}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

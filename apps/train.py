@@ -1,0 +1,286 @@
+"""Train a segmentation net on a folder of images and a folder of label PNGs, and write it as a model folder.
+
+    python -m seguncert.apps.train IMAGES LABELS OUT --classes Sky,Building,... --ignore-index 11
+
+The loss is plain cross-entropy: a proper score, so the softmax estimates a posterior (class weights would bend it).
+The weights written are an exponential moving average over updates. A run that is stopped goes on when the same
+command is given again, with the same batches: every random number is drawn from (seed, epoch, image).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
+from seguncert.image import read_image
+from seguncert.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Model,
+    build_net,
+    default_colours,
+    insert_dropout,
+    load_net,
+    pick_device,
+    save_model,
+)
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights; written into the checkpoint, so that a resumed run cannot differ."""
+
+    architecture: str
+    encoder: str
+    decoder_channels: tuple[int, ...]
+    classes: tuple[str, ...]
+    ignore_index: int | None
+    dropout: float
+    epochs: int
+    batch: int
+    crop: tuple[int, int]
+    scale_range: tuple[float, float]
+    rotate: bool
+    rate: float
+    decay: float
+    average: float
+    seed: int
+    init: str
+    leave_out: tuple[str, ...]
+
+
+class Crops(Dataset):
+    """Random crops; item (epoch, index) is a pure function of the seed, the epoch and the index."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], recipe: Recipe):
+        self.pairs, self.recipe = pairs, recipe
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = key
+        cv2.setNumThreads(0)
+        rng = np.random.default_rng([self.recipe.seed, epoch, index])
+        image, label = self.pairs[index]
+        rgb, label_HW = augment(
+            read_image(image).rgb,
+            read_label(label, len(self.recipe.classes), self.recipe.ignore_index),
+            self.recipe,
+            rng,
+        )
+        return torch.from_numpy(rgb), torch.from_numpy(label_HW.astype(np.int64))
+
+
+def augment(rgb: np.ndarray, label: np.ndarray, recipe: Recipe, rng: np.random.Generator):
+    """A crop of `recipe.crop` at a random scale, flipped, with brightness, contrast, saturation and hue moved."""
+    crop_height, crop_width = recipe.crop
+    factor = math.exp(rng.uniform(*np.log(recipe.scale_range)))
+    height, width = (max(1, round(side * factor)) for side in label.shape)
+    window_height, window_width = min(height, crop_height), min(width, crop_width)
+    top, left = rng.integers(0, height - window_height + 1), rng.integers(0, width - window_width + 1)
+    # resize only what the crop needs: source window -> crop
+    matrix = np.array([[factor, 0, (factor - 1) / 2 - left], [0, factor, (factor - 1) / 2 - top]])
+    size = (window_width, window_height)
+    rgb = cv2.warpAffine(rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    label = cv2.warpAffine(
+        label, matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORED
+    )
+    below, right = crop_height - window_height, crop_width - window_width
+    if below or right:
+        rgb = cv2.copyMakeBorder(rgb, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(124, 116, 104))
+        label = cv2.copyMakeBorder(label, 0, below, 0, right, cv2.BORDER_CONSTANT, value=IGNORED)
+    if rng.random() < 0.5:
+        rgb, label = rgb[:, ::-1], label[:, ::-1]
+    if recipe.rotate:  # for pictures without an up: any of the eight orientations
+        turns = int(rng.integers(4))
+        rgb, label = np.rot90(rgb, turns), np.rot90(label, turns)
+    rgb = rgb.astype(np.float32) / 255
+    grey = rgb.mean(axis=2, keepdims=True)
+    rgb = grey + (rgb - grey) * rng.uniform(0.5, 1.5)
+    rgb = (rgb - rgb.mean()) * rng.uniform(0.7, 1.4) + rgb.mean() + rng.uniform(-0.15, 0.15)
+    rgb = np.clip(rgb * rng.uniform(0.93, 1.07, 3).astype(np.float32), 0, 1) ** rng.uniform(0.8, 1.25)
+    normalised = (rgb - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(label)
+
+
+def learning_rate(update: int, updates: int, peak: float) -> float:
+    """Linear warm-up over the first 3 %, then a half cosine to zero."""
+    warm = max(1, round(0.03 * updates))
+    if update < warm:
+        return peak * (update + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
+def fit(
+    net: torch.nn.Module,
+    pairs: list[tuple[Path, Path]],
+    recipe: Recipe,
+    checkpoint: Path,
+    check: Callable[[torch.nn.Module], dict[str, float]],
+    workers: int,
+) -> torch.nn.Module:
+    """Train `net` in place, a checkpoint an epoch; returns its average over updates. `check` measures an average."""
+    device = next(net.parameters()).device
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.rate)
+    done, history = 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        if state["recipe"] != json.dumps(asdict(recipe)):
+            raise ValueError(f"{checkpoint} is from another recipe. Give the same options, another OUT, or remove it.")
+        net.load_state_dict(state["net"])
+        averaged.load_state_dict(state["averaged"])
+        optimiser.load_state_dict(state["optimiser"])
+        done, history = state["epoch"], state["history"]
+        console.print(f"going on after epoch {done}")
+
+    per_epoch = max(1, len(pairs) // recipe.batch)
+    batches = [
+        [(epoch, int(index)) for index in order[at * recipe.batch : (at + 1) * recipe.batch]]
+        for epoch in range(done, recipe.epochs)
+        for order in [np.random.default_rng([recipe.seed, epoch]).permutation(len(pairs))]
+        for at in range(per_epoch)
+    ]
+    loader = iter(DataLoader(Crops(pairs, recipe), batch_sampler=batches, num_workers=workers))
+    started = time.monotonic()
+    for epoch in range(done, recipe.epochs):
+        torch.manual_seed(recipe.seed + 1_000_003 * epoch)  # of the dropout
+        net.train()
+        losses = []
+        for at in range(per_epoch):
+            rate = learning_rate(epoch * per_epoch + at, recipe.epochs * per_epoch, recipe.rate)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            input_B3HW, label_BHW = next(loader)
+            with half_precision(device):
+                logits_BCHW = net(input_B3HW.to(device, memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits_BCHW.float(), label_BHW.to(device), ignore_index=IGNORED)
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss became {loss.item()} in epoch {epoch + 1}; lower --rate")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            optimiser.step()
+            averaged.update_parameters(net)
+            losses.append(loss.item())
+        row = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
+        history.append(row | check(averaged.module) if epoch + 1 == recipe.epochs or (epoch + 1) % 5 == 0 else row)
+        left = (recipe.epochs - epoch - 1) * row["seconds"] / (epoch + 1 - done) / 60
+        console.print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()), f" left {left:.0f} min")
+        state = {
+            "recipe": json.dumps(asdict(recipe)), "epoch": epoch + 1, "history": history, "net": net.state_dict(),
+            "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
+        }  # fmt: skip
+        torch.save(state, checkpoint.with_suffix(".part"))
+        os.replace(checkpoint.with_suffix(".part"), checkpoint)
+    return averaged.module
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where the processor has instructions for it; elsewhere a context that does nothing."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def train(
+    images: Annotated[Path, typer.Argument(help="folder of images")],
+    labels: Annotated[Path, typer.Argument(help="folder of PNGs of class indices, same names")],
+    out: Annotated[Path, typer.Argument(help="the model folder to write")],
+    classes: Annotated[str, typer.Option(help="class names in the order of their indices, comma between")],
+    ignore_index: Annotated[int | None, typer.Option(help="label of pixels that do not count")] = None,
+    val_images: Annotated[Path | None, typer.Option(help="to watch mIoU, accuracy and NLL every 5 epochs")] = None,
+    val_labels: Path | None = None,
+    leave_out: Annotated[list[str] | None, typer.Option(help="a sequence (name before _) not trained on")] = None,
+    init: Annotated[Path | None, typer.Option(help="model folder whose weights to start from")] = None,
+    architecture: Annotated[str, typer.Option(help="of segmentation-models-pytorch")] = "Unet",
+    encoder: str = "tu-regnetx_004",
+    decoder_channels: str = "128,64,48,32,24",
+    dropout: Annotated[float, typer.Option(help="channel dropout before the segmentation head")] = 0.2,
+    epochs: int = 200,
+    batch: int = 8,
+    crop: Annotated[str, typer.Option(help="HEIGHTxWIDTH, multiples of 32")] = "256x320",
+    scale_range: Annotated[str, typer.Option(help="smallest and largest random resize")] = "0.6,1.6",
+    rotate: Annotated[bool, typer.Option(help="all eight orientations, for pictures without an up")] = False,
+    rate: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 2e-3,
+    decay: Annotated[float, typer.Option(help="weight decay")] = 0.02,
+    average: Annotated[float, typer.Option(help="decay per update of the weight average")] = 0.998,
+    frame: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH photos are brought to, or none: run at their own size")
+    ] = "none",
+    card: Annotated[
+        Path | None, typer.Option(help="JSON with more entries for the card: licence, colours, …")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes that read and augment")] = 1,
+    seed: int = 0,
+) -> None:
+    """Train, measure on val while training, and write OUT/config.json, model.safetensors and card.json."""
+    left_out = tuple(leave_out or ())
+    recipe = Recipe(
+        architecture, encoder, tuple(int(n) for n in decoder_channels.split(",")), tuple(classes.split(",")),
+        ignore_index, dropout, epochs, batch, _pair(crop, "x", int), _pair(scale_range, ",", float), rotate, rate, decay,
+        average, seed, str(init or ""), left_out,
+    )  # fmt: skip
+    pairs = [pair for pair in find_pairs(images, labels) if pair[0].stem.split("_")[0] not in left_out]
+    val_pairs = find_pairs(val_images, val_labels) if val_images and val_labels else []
+    more = json.loads(card.read_text()) if card else {}
+    C = len(recipe.classes)
+
+    torch.manual_seed(seed)
+    config = {
+        "_model_class": architecture, "encoder_name": encoder, "encoder_depth": 5, "encoder_weights": None,
+        "decoder_channels": list(recipe.decoder_channels), "in_channels": 3, "classes": C,
+    }  # fmt: skip
+    net = build_net(config)
+    if init is not None:
+        net.load_state_dict(load_net(init).state_dict())
+    insert_dropout(net, "segmentation_head", dropout)
+    net = net.to(pick_device("auto"), memory_format=torch.channels_last)
+    millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    console.print(
+        f"{architecture} {encoder}, {millions:.2f} M parameters, {C} classes; {len(pairs)} images to train on"
+    )
+
+    def check(averaged: torch.nn.Module) -> dict[str, float]:
+        if not val_pairs:
+            return {}
+        model = Model("training", averaged, recipe.classes, np.zeros((C, 3), np.uint8))
+        with half_precision(model.device):
+            return total(measure(model, val_pairs, ignore_index).values(), C).compute()
+
+    out.mkdir(parents=True, exist_ok=True)
+    averaged = fit(net, pairs, recipe, out / "checkpoint.pt", check, workers)
+    known = {
+        "name": out.name, "classes": list(recipe.classes), "colours": default_colours(C), "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD, "frame": None if frame == "none" else _pair(frame, "x", int),
+        "dropout": [{"before": "segmentation_head", "p": dropout}], "recipe": asdict(recipe),
+    }  # fmt: skip
+    save_model(out, averaged, config, known | more)
+    console.print(f"wrote {out}; try: seguncert export IMAGES OUT --model {out}")
+
+
+def _pair(text: str, separator: str, kind: type) -> tuple:
+    first, second = text.split(separator)
+    return kind(first), kind(second)
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,56 @@
+"""Where can I trust this segmentation mask?
+
+    import seguncert
+    model = seguncert.load_model("street")
+    result = seguncert.analyse(model, "photo.jpg")
+    result.maps["entropy"]
+
+Names are imported when they are first used, so that `import seguncert` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seguncert.batch import Exported, export
+    from seguncert.image import ImageError, Photo, read_image
+    from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
+    from seguncert.run import Result, analyse
+    from seguncert.store import StoreError
+
+_HOMES = {
+    "batch": ("Exported", "export"),
+    "image": ("ImageError", "Photo", "read_image"),
+    "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
+    "run": ("Result", "analyse"),
+    "store": ("StoreError",),
+}
+
+__all__ = [
+    "Exported",
+    "ImageError",
+    "Model",
+    "ModelError",
+    "Photo",
+    "Result",
+    "StoreError",
+    "analyse",
+    "export",
+    "load_model",
+    "read_image",
+    "save_model",
+    "wrap_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"seguncert.{module}"), name)
+    raise AttributeError(f"module 'seguncert' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

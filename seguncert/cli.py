@@ -1,0 +1,224 @@
+"""The command line, nothing else. Heavy imports wait until a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Where can I trust this segmentation mask?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+FAILED, WRONG, STOPPED = 1, 2, 130
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Format(str, Enum):
+    png16 = "png16"
+    npy = "npy"
+    tiff = "tiff"
+
+
+ModelOption = Annotated[str, typer.Option(help="bundled model (see `seguncert models`) or a model folder")]
+ScaleOption = Annotated[str, typer.Option(help="auto (the size the model was trained at), native, or a factor")]
+DeviceOption = Annotated[Device, typer.Option(help="where the net runs")]
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="folder of images, with subfolders")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; an unfinished one is gone on with")],
+    model: ModelOption = "street",
+    maps: Annotated[
+        str, typer.Option(help="comma between; the first one is drawn over the photo")
+    ] = "confidence,entropy,margin",
+    scale: ScaleOption = "auto",
+    format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="images under way at once [default: a core each, at most 8]")
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Label maps, doubt maps, overlays, a table and a gallery for every image in a folder."""
+    with _one_line_errors():
+        code = _export(source, out, model, tuple(maps.split(",")), scale, format.value, workers, device.value)
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="folder to write")] = Path("seguncert-demo"),
+) -> None:
+    """The bundled models on sample pictures; opens nothing, prints where to look."""
+    with _one_line_errors():
+        from seguncert.apps.samples import write_samples
+
+        code = 0
+        for model, pictures in write_samples(out / "pictures").items():
+            code = max(
+                code,
+                _export(
+                    pictures, out / model, model, ("confidence", "entropy", "margin"), "auto", "png16", None, "auto"
+                ),
+            )
+    print(
+        f"\nOpen in a browser:\n  {(out / 'street' / 'report.html').resolve()}\n  {(out / 'nuclei' / 'report.html').resolve()}"
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def models() -> None:
+    """The models that can be loaded by name, with classes, licence and measured quality."""
+    table = Table("model", "classes", "trained on", "licence", "measured")
+    for entry in sorted(resources.files("seguncert.weights").iterdir(), key=lambda entry: entry.name):
+        if entry.joinpath("card.json").is_file():
+            card = json.loads(entry.joinpath("card.json").read_text())
+            measured = "\n".join(f"{key}: {value}" for key, value in card.get("measured", {}).items())
+            table.add_row(
+                entry.name, ", ".join(card["classes"]), card.get("trained_on", ""), card.get("licence", ""), measured
+            )
+    Console().print(table)
+
+
+@app.command("app")
+def page(
+    model: ModelOption = "street",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: int = 7860,
+) -> None:
+    """The page: upload a photo, see where not to trust the mask."""
+    with _one_line_errors():
+        from seguncert.apps.app import launch
+
+        launch(model, host, port)
+
+
+def _export(
+    source: Path,
+    out: Path,
+    model: str,
+    maps: tuple[str, ...],
+    scale: str,
+    format: str,
+    workers: int | None,
+    device: str,
+) -> int:
+    with _progress(f"{model}: ") as progress, _terminate_as_interrupt():
+        err.print(f"loading {model} …")
+        from seguncert.batch import export
+
+        try:
+            result = export(
+                source,
+                out,
+                model,
+                maps=maps,
+                scale=scale,
+                format=format,
+                workers=workers,
+                device=device,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            err.print("stopped; what is finished is in images.csv and report.html. The same command goes on from here.")
+            raise typer.Exit(STOPPED) from None
+    before = f" ({result.before} done before)" if result.before else ""
+    passed = f"; {result.passed_over} files without an image's suffix passed over" if result.passed_over else ""
+    err.print(f"{result.done} images done{before}, {result.failed} failed{passed}")
+    if result.failed:
+        err.print(
+            f"the reason of each failure is in {out / 'images.csv'}; after mending, the same command does those again"
+        )
+    err.print(f"gallery, most uncertain first: {out / 'report.html'}")
+    return FAILED if result.failed else 0
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that are the user's to mend become one line and status 2; a folder that cannot be written, status 1."""
+    try:
+        yield
+    except Exception as error:
+        from seguncert.store import StoreError
+
+        if not isinstance(error, (ValueError, StoreError)):
+            raise
+        err.print(f"seguncert: {error}", style="red", markup=False)
+        raise typer.Exit(FAILED if isinstance(error, StoreError) else WRONG) from None
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A batch system's SIGTERM ends a run like Ctrl-C: tidily."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar on a terminal; elsewhere a line every half minute."""
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    started, first, last = time.monotonic(), 0, -1e9
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None, rate="", start=True)
+
+        def show(done: int, failed: int, total: int) -> None:
+            nonlocal started, first, last
+            now = time.monotonic()
+            if last < -1e8:
+                started, first, last = now, done + failed, now - 25
+            rate = (done + failed - first) / max(now - started, 1e-9)
+            text = f"{rate:.1f} images/s" + (f", {failed} failed" if failed else "")
+            bar.update(task, completed=done + failed, total=total, rate=text)
+            if not err.is_terminal and now - last >= 30:
+                last = now
+                err.print(f"{title}{done + failed} of {total} images, {text}")
+
+        yield show
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)

@@ -1,0 +1,116 @@
+"""How sure is each pixel? Confidence, margin and entropy of a softmax, each in [0, 1] by its own bound.
+
+Letters: C classes, H rows, W columns. Everything starts from logits: values whose softmax over C is the predictive
+distribution. The log of a probability vector is one such value, so pooled samples take the same path.
+
+With z = logits − max(logits) and s = Σ exp(z), no probability is ever put through a logarithm:
+
+    confidence = max p             = 1 / s
+    margin     = p₁ − p₂           = (1 − exp(z₂)) / s          p₁ ≥ p₂ the two largest
+    entropy    = −Σ p ln p / ln C  = (ln s − Σ z exp(z) / s) / ln C
+
+A one-hot softmax gives s = 1 and entropy exactly 0; C equal logits give entropy 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+LOWEST = -200.0  # exp(−200) is 0 in float32; keeps 0 · (−inf) out of the entropy
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """What a map's numbers mean: `unit` and `full_scale` (the value shown as 1.0), and which end is sure."""
+
+    title: str
+    unit: str
+    sure_is: Literal["high", "low"]
+    about: str
+
+    def full_scale(self, C: int) -> float:
+        """The map's bound for C classes, in its unit: ln C nats for an entropy, 1 for a probability."""
+        return math.log(C) if self.unit == "nat" else 1.0
+
+
+MAPS: dict[str, MapInfo] = {
+    "confidence": MapInfo("Confidence", "probability", "high", "Probability of the class that is shown."),
+    "entropy": MapInfo(
+        "Entropy", "nat", "low", "Spread of the probabilities over all classes; 0 when one class has all."
+    ),
+    "margin": MapInfo("Margin", "probability", "high", "Probability of the shown class minus that of the runner-up."),
+}
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raise ValueError unless `names` are one or more different maps of `MAPS`."""
+    unknown = [name for name in names if name not in MAPS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"maps: expected one or more of {', '.join(MAPS)}, each once. Received: {', '.join(names) or 'none'}"
+        )
+
+
+def confidence(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "H W"]:
+    """Largest probability of the softmax, in [1/C, 1].
+
+    >>> round(confidence(torch.log(torch.tensor([0.7, 0.2, 0.1])).view(3, 1, 1)).item(), 4)
+    0.7
+    """
+    return describe(logits_CHW, ["confidence"])[1]["confidence"]
+
+
+def margin(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "H W"]:
+    """Largest minus second largest probability of the softmax, in [0, 1].
+
+    >>> round(margin(torch.log(torch.tensor([0.7, 0.2, 0.1])).view(3, 1, 1)).item(), 4)
+    0.5
+    """
+    return describe(logits_CHW, ["margin"])[1]["margin"]
+
+
+def entropy(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "H W"]:
+    """Shannon entropy of the softmax divided by ln C, in [0, 1].
+
+    >>> entropy(torch.zeros(4, 1, 1)).item(), entropy(torch.tensor([300.0, 0.0]).view(2, 1, 1)).item()
+    (1.0, 0.0)
+    """
+    return describe(logits_CHW, ["entropy"])[1]["entropy"]
+
+
+def describe(
+    logits_CHW: Float[Tensor, "C H W"], names: Collection[str]
+) -> tuple[UInt8[Tensor, "H W"], dict[str, Float[Tensor, "H W"]]]:
+    """Labels (the first of the largest logits) and the named maps, sharing one exponential per class and pixel.
+
+    C must be between 2 and 256. Finite logits are the caller's duty; −inf is allowed (probability 0) except for all.
+    """
+    C = logits_CHW.shape[0]
+    first_HW, second_HW = logits_CHW[0].clone(), torch.full_like(logits_CHW[0], -torch.inf)
+    labels_HW = torch.zeros_like(first_HW, dtype=torch.uint8)
+    for c in range(1, C):  # one pass over the classes is faster than topk along the outer axis
+        logit_HW = logits_CHW[c]
+        labels_HW.masked_fill_(logit_HW > first_HW, c)
+        if "margin" in names:
+            torch.maximum(second_HW, torch.minimum(logit_HW, first_HW), out=second_HW)
+        torch.maximum(first_HW, logit_HW, out=first_HW)
+    z_CHW = (logits_CHW - first_HW).clamp_(min=LOWEST)
+    e_CHW = z_CHW.exp()
+    s_HW = e_CHW.sum(0)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name == "confidence":
+            found[name] = s_HW.reciprocal()
+        elif name == "margin":
+            found[name] = (1 - (second_HW - first_HW).exp_()).div_(s_HW)
+        else:
+            spread_HW = z_CHW.mul_(e_CHW).sum(0).div_(s_HW)
+            found[name] = s_HW.log().sub_(spread_HW).div_(math.log(C)).clamp_(0, 1)
+    return labels_HW, found

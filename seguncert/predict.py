@@ -1,0 +1,115 @@
+"""Model in, logits out: a photo of any size is brought to the model's scale, padded, run, and cropped back.
+
+Logits stay at the model's scale until `rows_at_size` brings them, some rows at a time, to the photo's own size; the
+softmax comes after that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from seguncert.image import pad_to_divisor
+from seguncert.model import Model, ModelError, evaluating, net_logits
+
+TILE = 2048  # pixels a side; larger pictures are run in pieces
+MARGIN = 256  # context around each piece that is run with it and thrown away
+
+
+def scale_factor(model: Model, height: int, width: int, scale: str | float = "auto") -> float:
+    """By how much a photo is resized before the net sees it.
+
+    auto brings its area to that of the frames the model was trained on, and leaves it alone where the model has no
+    frame; native leaves it alone; a number is the factor itself.
+
+    >>> import numpy as np; model = Model("m", torch.nn.Identity(), ("a", "b"), np.zeros((2, 3), np.uint8), frame=(360, 480))
+    >>> scale_factor(model, 720, 960), scale_factor(model, 720, 960, "native"), scale_factor(model, 720, 960, 0.25)
+    (0.5, 1.0, 0.25)
+    """
+    if scale == "native" or (scale == "auto" and model.frame is None):
+        return 1.0
+    if scale == "auto":
+        return math.sqrt(math.prod(model.frame or ()) / (height * width))
+    try:
+        factor = float(scale)
+    except ValueError:
+        factor = math.nan
+    if not 0.01 <= factor <= 100:
+        raise ValueError(f"scale: expected auto, native or a factor from 0.01 to 100. Received: {scale!r}")
+    return factor
+
+
+def predict_logits(
+    model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float = "auto", tile: int = TILE
+) -> Float[Tensor, "C h w"]:
+    """Logits of one deterministic pass, float32 on the CPU, at the model's scale: h, w = factor · (H, W), at least 1.
+
+    Pictures larger than `tile` on a side are run in overlapping pieces, of which the middle is kept.
+    Raises ModelError where the net gives a value that is not finite.
+    """
+    H, W = rgb.shape[:2]
+    factor = scale_factor(model, H, W, scale)
+    h, w = max(1, round(factor * H)), max(1, round(factor * W))
+    if (h, w) != (H, W):
+        rgb = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    with torch.inference_mode(), evaluating(model.module):
+        if max(h, w) <= tile:
+            logits_Chw = _run(model, rgb)
+        else:
+            logits_Chw = torch.empty(len(model.classes), h, w)
+            for rows, outer_rows in _pieces(h, tile, model.divisor):
+                for columns, outer_columns in _pieces(w, tile, model.divisor):
+                    piece = _run(model, np.ascontiguousarray(rgb[outer_rows, outer_columns]))
+                    top, left = rows.start - outer_rows.start, columns.start - outer_columns.start
+                    height, width = rows.stop - rows.start, columns.stop - columns.start
+                    logits_Chw[:, rows, columns] = piece[:, top : top + height, left : left + width]
+    if not torch.isfinite(logits_Chw.sum()):  # one NaN or infinity anywhere makes the sum so
+        raise ModelError(f"{model.name}: the net gave values that are not finite for this picture")
+    return logits_Chw
+
+
+def rows_at_size(
+    logits_Chw: Float[Tensor, "C h w"], height: int, width: int, values: int = 1 << 19
+) -> Iterator[tuple[slice, Float[Tensor, "C rows W"]]]:
+    """Bilinear resize of logits to (height, width), given out in bands of rows that stay in cache.
+
+    The same numbers as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`, without ever holding
+    C · height · width of them. `values` bounds the size of one band.
+    """
+    C, h, w = logits_Chw.shape
+    rows = max(1, values // (C * max(width, w)))
+    for start in range(0, height, rows):
+        band = slice(start, min(start + rows, height))
+        if (h, w) == (height, width):
+            yield band, logits_Chw[:, band]
+            continue
+        source = ((torch.arange(band.start, band.stop) + 0.5) * (h / height) - 0.5).clamp_(0, h - 1)
+        upper = source.long().clamp_(max=max(0, h - 2))
+        weight = (source - upper).view(-1, 1)
+        lower = (upper + 1).clamp_(max=h - 1)
+        mixed_CRw = torch.lerp(logits_Chw[:, upper], logits_Chw[:, lower], weight)
+        size = (band.stop - band.start, width)
+        yield band, torch.nn.functional.interpolate(mixed_CRw[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _run(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
+    h, w = rgb.shape[:2]
+    padded = torch.from_numpy(pad_to_divisor(rgb, model.divisor))[None].to(model.device)
+    input_1HW3 = padded.float().sub_(255 * padded.new_tensor(model.mean, dtype=torch.float32))
+    input_1HW3.div_(255 * padded.new_tensor(model.std, dtype=torch.float32))
+    return net_logits(model, input_1HW3.permute(0, 3, 1, 2))[:, :h, :w].cpu()  # the permuted view is channels_last
+
+
+def _pieces(length: int, tile: int, divisor: int) -> Iterator[tuple[slice, slice]]:
+    """Inner and outer ranges that cover `length`; outer ones start at multiples of the divisor."""
+    margin = math.ceil(MARGIN / divisor) * divisor
+    step = max(divisor, (tile - 2 * margin) // divisor * divisor)
+    for start in range(0, length, step):
+        inner = slice(start, min(start + step, length))
+        yield inner, slice(max(0, inner.start - margin), min(length, inner.stop + margin))

@@ -1,0 +1,99 @@
+"""One photo in, its labels, probabilities and maps out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+
+from seguncert import maps as maps_
+from seguncert import render
+from seguncert.image import Photo, read_image
+from seguncert.model import Model
+from seguncert.predict import predict_logits, rows_at_size
+
+DEFAULT_MAPS = ("confidence", "entropy", "margin")
+NOT_CALIBRATED = "not calibrated"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What is known of one photo: H × W pixels, C classes.
+
+    Attributes:
+        rgb: the photo (H, W, 3) uint8 as it was decoded.
+        labels: (H, W) int64, the most probable class.
+        maps: name -> (H, W) float32 in [0, 1]; see `seguncert.maps` for formulas.
+        calibration: "none" while the numbers are the net's own softmax.
+        note: what had to be done to read the photo; "" if nothing.
+    """
+
+    rgb: UInt8[np.ndarray, "H W 3"]
+    labels: Int64[np.ndarray, "H W"]
+    maps: dict[str, Float[np.ndarray, "H W"]]
+    classes: tuple[str, ...]
+    colours: UInt8[np.ndarray, "C 3"]
+    logits: Float[torch.Tensor, "C h w"]
+    calibration: str = "none"
+    note: str = ""
+
+    @cached_property
+    def probabilities(self) -> Float[np.ndarray, "C H W"]:
+        """Softmax (C, H, W) float32; sums to 1 over C."""
+        H, W = self.labels.shape
+        probs_CHW = np.empty((len(self.classes), H, W), np.float32)
+        for rows, logits_CRW in rows_at_size(self.logits, H, W):
+            probs_CHW[:, rows] = logits_CRW.softmax(0).numpy()
+        return probs_CHW
+
+    def overlay(self, name: str = "confidence") -> UInt8[np.ndarray, "h w 3"]:
+        """The photo under one map, with its legend below: clear where sure, coloured where doubtful."""
+        return draw_overlay(self.rgb, self.maps[name], name)
+
+
+def analyse(
+    model: Model,
+    image: str | os.PathLike[str] | bytes | UInt8[np.ndarray, "H W 3"],
+    *,
+    maps: Sequence[str] = DEFAULT_MAPS,
+    scale: str | float = "auto",
+) -> Result:
+    """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array.
+
+    Raises:
+        ImageError: the file is not a picture that can be read whole; OSError: it cannot be opened.
+        ModelError: the net gave values that are not finite.
+        ValueError: unknown map or scale.
+    """
+    maps_.check_names(maps)
+    photo = Photo(image, "") if isinstance(image, np.ndarray) else read_image(image)
+    logits = predict_logits(model, photo.rgb, scale)
+    labels, found = describe_photo(logits, *photo.rgb.shape[:2], maps)
+    return Result(photo.rgb, labels.astype(np.int64), found, model.classes, model.colours, logits, note=photo.note)
+
+
+def describe_photo(
+    logits: torch.Tensor, H: int, W: int, names: Sequence[str]
+) -> tuple[UInt8[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
+    """Labels and maps at the photo's own size, band by band."""
+    labels_HW = np.empty((H, W), np.uint8)
+    found = {name: np.empty((H, W), np.float32) for name in names}
+    with torch.inference_mode():
+        for rows, logits_CRW in rows_at_size(logits, H, W):
+            labels_RW, maps_RW = maps_.describe(logits_CRW, names)
+            labels_HW[rows] = labels_RW.numpy()
+            for name, map_RW in maps_RW.items():
+                found[name][rows] = map_RW.numpy()
+    return labels_HW, found
+
+
+def draw_overlay(rgb: np.ndarray, map_HW: np.ndarray, name: str) -> np.ndarray:
+    info = maps_.MAPS[name]
+    return render.overlay_picture(
+        rgb, map_HW, map_name=info.title, unit=info.unit, sure_is=info.sure_is, note=NOT_CALIBRATED
+    )

@@ -1,0 +1,1 @@
+"""The bundled models, one folder each: config.json, model.safetensors, card.json."""
