@@ -135,8 +135,13 @@ def _ordinary_size(data: bytes) -> tuple[int, int] | None:
     Nearly all photos are of that kind, and OpenCV alone decodes them right, EXIF rotation included.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        plain = data[24:26] in (b"\x08\x00", b"\x08\x02") and b"tRNS" not in data and b"acTL" not in data
-        return struct.unpack(">II", data[16:24]) if plain else None
+        chunks, at = set(), 8
+        while at + 12 <= len(data) and b"IEND" not in chunks:
+            length, name = struct.unpack_from(">I4s", data, at)
+            chunks.add(name)
+            at += 12 + length  # one that leaves the file would have OpenCV set aside up to 2 GB for it
+        plain = data[24:26] in (b"\x08\x00", b"\x08\x02") and not chunks & {b"tRNS", b"acTL"} and at <= len(data)
+        return struct.unpack_from(">II", data, 16) if plain else None
     if data.startswith(b"RIFF") and data[8:16] == b"WEBPVP8 ":
         width, height = struct.unpack("<HH", data[26:30])
         return width & 0x3FFF, height & 0x3FFF
@@ -190,20 +195,21 @@ def _decode_tiff(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3
     file, tags = io.BytesIO(data), ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])
     file.seek(tags.next)
     tags.load(file)
-    width, height, bits, photometric = tags[256], tags[257], tags.get(258, (1,)), tags[262]
-    samples, planar, sample_format, extra = tags.get(277, 1), tags.get(284, 1), tags.get(339, (1,)), tags.get(338, (0,))
-    if max(bits) <= 8 and sample_format[0] == 1:
+    defaults = {256: 0, 257: 0, 258: 1, 262: 1, 277: 1, 284: 1, 338: 0, 339: 1}
+    values = [int(np.ravel(tags.get(tag, default))[0]) for tag, default in defaults.items()]
+    width, height, bits, photometric, samples, planar, extra, sample_format = values
+    if bits <= 8 and sample_format == 1:
         return _decode(data, max_pixels)
     _check_cap(width * height, max_pixels, "pixels")
     grey, colour = photometric in (0, 1) and samples == 1, photometric == 2 and samples in (3, 4) and planar == 1
-    if (sample_format[0], bits[0]) not in DEEP_TIFF or not (grey or colour):
+    if (sample_format, bits) not in DEEP_TIFF or not (grey or colour):
         raise ImageError(
             "unsupported TIFF: expected grey or interleaved RGB of 16 or 32 bits, float32 or float64, received "
-            f"{samples} channels of {bits[0]} bits (sample format {sample_format[0]}, photometric {photometric}, "
+            f"{samples} channels of {bits} bits (sample format {sample_format}, photometric {photometric}, "
             f"planar {planar}); convert it to 16-bit PNG"
         )
     rgb, alpha, scaled = _scale(_imdecode(data, cv2.IMREAD_UNCHANGED, (width, height)))
-    rgb, laid = _over_white(255 - rgb if photometric == 0 else rgb, alpha if extra[0] else None, extra[0] == 1)
+    rgb, laid = _over_white(255 - rgb if photometric == 0 else rgb, alpha if extra else None, extra == 1)
     frames = {file.tell()}
     while tags.next and tags.next not in frames:  # damage can make a ring of them
         frames.add(tags.next)

@@ -55,6 +55,11 @@ class Store:
         self._lock, self._numbers = threading.Lock(), itertools.count()
         try:
             out.mkdir(parents=True, exist_ok=True)
+            strange = sorted(set(os.listdir(out)) - {"ledger.jsonl", ".run.json.part"})
+            if strange and not (out / "run.json").exists():
+                raise StoreError(
+                    f"{out} holds other files ({strange[0]!r}) and no run.json. Give an empty or new folder as OUT."
+                )
             self._ledger = open(out / "ledger.jsonl", "ab+")
         except OSError as error:
             raise cannot_write(out, error) from None
@@ -138,13 +143,6 @@ class Store:
         file = self.out / "run.json"
         self._drop_torn_line()
         if not file.exists():
-            strange = [
-                entry.name for entry in self.out.iterdir() if entry.name not in ("ledger.jsonl", ".run.json.part")
-            ]
-            if strange:
-                raise StoreError(
-                    f"{self.out} holds other files ({strange[0]!r}) and no run.json. Give an empty or new folder as OUT."
-                )
             write_file(file, json.dumps(settings, indent=2) + "\n")
             return
         before = json.loads(file.read_text())
