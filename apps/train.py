@@ -226,9 +226,7 @@ def train(
     frame: Annotated[
         str, typer.Option(help="HEIGHTxWIDTH photos are brought to, or none: run at their own size")
     ] = "none",
-    card: Annotated[
-        Path | None, typer.Option(help="JSON with more entries for the card: licence, colours, …")
-    ] = None,
+    card: Annotated[Path | None, typer.Option(help="JSON with more entries for the card: licence, colours, …")] = None,
     workers: Annotated[int, typer.Option(help="processes that read and augment")] = 1,
     seed: int = 0,
 ) -> None:

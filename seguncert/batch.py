@@ -66,7 +66,8 @@ def export(
     and is raised again.
 
     Args:
-        workers: images under way at once; None is one per processor core, at most 8.
+        workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
+            core, at most 16.
         progress: called with (done, failed, all) after each image.
 
     Raises:
@@ -83,8 +84,7 @@ def export(
         raise ValueError(
             f"IN: expected a folder of images. Received: {source}, which is {'a file' if source.exists() else 'not there'}"
         )
-    cores = _cores()
-    workers = workers or min(cores, 8)
+    workers = workers or min(_cores(), 16)
     spec = None if isinstance(model, Model) else model
     model = model if isinstance(model, Model) else load_model(model, device)
     scale_factor(model, 1, 1, scale)
@@ -103,8 +103,8 @@ def export(
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
             with evaluating(model.module):
-                _work(job, store, [path for path in todo if path not in suspects], workers, max(1, cores // workers),
-                      _counter(progress, before, len(paths)))  # fmt: skip
+                regular = [path for path in todo if path not in suspects]
+                _work(job, store, regular, workers, _counter(progress, before, len(paths)))
             for path in suspects:
                 _try_alone(job, store, path, spec, device)
         except KeyboardInterrupt as error:
@@ -160,7 +160,9 @@ def _process(job: _Job, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         for name, map_HW in found.items():
             suffix, content = _encode(map_HW, job.format)
             files[name + suffix] = content
-        files["overlay.jpg"] = render.encode_jpeg(draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0]))
+        files["overlay.jpg"] = render.encode_jpeg(
+            draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(job.model.classes))
+        )
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
     except OSError as error:
@@ -200,11 +202,11 @@ def _tiff_writer() -> Callable[..., None]:
     return tifffile.imwrite
 
 
-def _work(job: _Job, store: Store, paths: list[str], workers: int, threads: int, count: Callable[[str], None]) -> None:
+def _work(job: _Job, store: Store, paths: list[str], workers: int, count: Callable[[str], None]) -> None:
     """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone."""
 
     def attempt(path: str) -> str:
-        torch.set_num_threads(threads)  # holds for the calling thread only
+        torch.set_num_threads(1)  # holds for the calling thread only
         folder = store.begin(path)
         line, files = _process(job, path)
         store.finish(folder, line, files)
@@ -252,7 +254,7 @@ def _try_alone(job: _Job, store: Store, path: str, spec: str | os.PathLike[str] 
 
 
 def _process_alone(source, spec, device, maps, scale, format, path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    torch.set_num_threads(max(1, _cores() // min(_cores(), 8)))
+    torch.set_num_threads(1)
     return _process(_Job(source, load_model(spec, device), maps, scale, format), path)
 
 
@@ -306,6 +308,7 @@ def _row(line: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 def _thumbnail(file: Path) -> bytes:
     overlay = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert overlay is not None, "the ledger says that this file is whole"
     return render.encode_jpeg(render.thumbnail(overlay, 320), 80)
 
 

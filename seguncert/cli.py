@@ -56,7 +56,7 @@ def export(
     scale: ScaleOption = "auto",
     format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="images under way at once [default: a core each, at most 8]")
+        int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
     ] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -222,3 +222,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()

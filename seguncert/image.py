@@ -16,8 +16,9 @@ from jaxtyping import Num, Shaped, UInt8
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .tif .tiff .webp .bmp .gif .ppm .pgm .pbm .pnm .jp2".split())
-
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"}
+)
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_TIFF = {(1, 10), (1, 12), (1, 14), (1, 16), (1, 32), (2, 16), (2, 32), (3, 32), (3, 64)}  # sample format, bits
@@ -58,7 +59,8 @@ def read_image(
     Transparency is laid over white; of several frames the first is taken; CMYK is converted without a profile.
 
     Raises ImageError for what is no regular file, no image, damaged or cut short, more than `max_bytes`, more than
-    `max_pixels` by its header (before anything is decoded), of an unsupported kind, or holds NaN or infinity.
+    `max_pixels` by its header (before anything is decoded), of an unsupported kind, or holds NaN or infinity. Above
+    179 million pixels Pillow's own limit stands, whatever `max_pixels` says, for what Pillow reads: not JPEG.
 
     >>> twelve_bits = cv2.imencode(".png", np.array([[0, 2048, 4095]], np.uint16))[1].tobytes()
     >>> photo = read_image(twelve_bits)
@@ -193,6 +195,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], i
 def _decode_tiff(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], int, str, str]:
     """TIFF of more than 8 bits by OpenCV, for Pillow refuses it or drops bits; other TIFF by Pillow."""
     file, tags = io.BytesIO(data), ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])
+    frames = {tags.next}
     file.seek(tags.next)
     tags.load(file)
     defaults = {256: 0, 257: 0, 258: 1, 262: 1, 277: 1, 284: 1, 338: 0, 339: 1}
@@ -202,15 +205,14 @@ def _decode_tiff(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3
         return _decode(data, max_pixels)
     _check_cap(width * height, max_pixels, "pixels")
     grey, colour = photometric in (0, 1) and samples == 1, photometric == 2 and samples in (3, 4) and planar == 1
-    if (sample_format, bits) not in DEEP_TIFF or not (grey or colour):
+    if (sample_format, bits) not in DEEP_TIFF or not (grey or colour) or extra == 1:
         raise ImageError(
-            "unsupported TIFF: expected grey or interleaved RGB of 16 or 32 bits, float32 or float64, received "
-            f"{samples} channels of {bits} bits (sample format {sample_format}, photometric {photometric}, "
-            f"planar {planar}); convert it to 16-bit PNG"
+            "unsupported TIFF: expected grey or interleaved RGB of 16 or 32 bits, float32 or float64, with straight "
+            f"alpha if any, received {samples} channels of {bits} bits (sample format {sample_format}, photometric "
+            f"{photometric}, planar {planar}, extra {extra}); convert it to 16-bit PNG"
         )
     rgb, alpha, scaled = _scale(_imdecode(data, cv2.IMREAD_UNCHANGED, (width, height)))
-    rgb, laid = _over_white(255 - rgb if photometric == 0 else rgb, alpha if extra else None, extra == 1)
-    frames = {file.tell()}
+    rgb, laid = _over_white(255 - rgb if photometric == 0 else rgb, alpha if extra else None)
     while tags.next and tags.next not in frames:  # damage can make a ring of them
         frames.add(tags.next)
         file.seek(tags.next)
@@ -233,7 +235,7 @@ def _scale(
     kind = "float" if deep.dtype.kind == "f" else f"{8 * deep.itemsize}-bit"
     if kind != "float" and low >= 0:
         low, high = 0, next(full for full in FULL_SCALES if full >= high)
-    elif kind == "float" and 0 <= low and high <= 1:
+    elif kind == "float" and low >= 0 and high <= 1:
         low, high = 0, 1
     rgb = np.empty((*deep.shape[:2], 3), np.uint8)
     for rows in range(0, len(deep), 256):  # float64 of the whole would need eight times its memory
@@ -245,12 +247,14 @@ def _scale(
     return rgb, alpha, f"{kind}: {low:.10g}..{high:.10g} scaled to 0..255"
 
 
-def _over_white(rgb, alpha, premultiplied: bool = False) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """Lay RGB with `alpha` in 0..255, or None where opaque, over white."""
+def _over_white(
+    rgb: UInt8[np.ndarray, "H W 3"], alpha: Num[np.ndarray, "H W"] | None
+) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    """Lay RGB over white and say so, unless `alpha`, in 0..255, is None or opaque everywhere."""
     if alpha is None or alpha.min() == 255:
         return rgb, ""
     alpha = alpha.astype(np.uint16)[..., None]
-    over = np.minimum(rgb + (255 - alpha), 255) if premultiplied else (rgb * alpha + 255 * (255 - alpha) + 127) // 255
+    over = (rgb * alpha + 255 * (255 - alpha) + 127) // 255
     return over.astype(np.uint8), "transparency laid over white"
 
 

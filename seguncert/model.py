@@ -100,7 +100,7 @@ def load_model(name: str | os.PathLike[str], device: str = "auto") -> Model:
         return _checked(
             Model(
                 name=card["name"],
-                module=net.to(pick_device(device), memory_format=torch.channels_last),
+                module=net.to(pick_device(device)).to(memory_format=torch.channels_last),
                 classes=tuple(card["classes"]),
                 colours=np.array(card.get("colours") or default_colours(len(card["classes"])), np.uint8),
                 mean=_three(card["mean"]),

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from seguncert import maps as maps_
 from seguncert import render
-from seguncert.image import Photo, read_image
+from seguncert.image import ImageError, Photo, read_image
 from seguncert.model import Model
 from seguncert.predict import predict_logits, rows_at_size
 
@@ -53,7 +53,7 @@ class Result:
 
     def overlay(self, name: str = "confidence") -> UInt8[np.ndarray, "h w 3"]:
         """The photo under one map, with its legend below: clear where sure, coloured where doubtful."""
-        return draw_overlay(self.rgb, self.maps[name], name)
+        return draw_overlay(self.rgb, self.maps[name], name, len(self.classes))
 
 
 def analyse(
@@ -66,14 +66,21 @@ def analyse(
     """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array.
 
     Raises:
-        ImageError: the file is not a picture that can be read whole; OSError: it cannot be opened.
+        ImageError: the file cannot be opened, or is not a picture that can be read whole.
         ModelError: the net gave values that are not finite.
         ValueError: unknown map or scale.
     """
     maps_.check_names(maps)
-    photo = Photo(image, "") if isinstance(image, np.ndarray) else read_image(image)
+    if isinstance(image, np.ndarray):
+        photo = Photo(image, "")
+    else:
+        try:
+            photo = read_image(image)
+        except ImageError as error:
+            raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
     logits = predict_logits(model, photo.rgb, scale)
-    labels, found = describe_photo(logits, *photo.rgb.shape[:2], maps)
+    H, W = photo.rgb.shape[:2]
+    labels, found = describe_photo(logits, H, W, maps)
     return Result(photo.rgb, labels.astype(np.int64), found, model.classes, model.colours, logits, note=photo.note)
 
 
@@ -92,8 +99,17 @@ def describe_photo(
     return labels_HW, found
 
 
-def draw_overlay(rgb: np.ndarray, map_HW: np.ndarray, name: str) -> np.ndarray:
+def draw_overlay(
+    rgb: UInt8[np.ndarray, "H W 3"], map_HW: Float[np.ndarray, "H W"], name: str, C: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The photo under the map `name` of a model with C classes, legend below."""
     info = maps_.MAPS[name]
     return render.overlay_picture(
-        rgb, map_HW, map_name=info.title, unit=info.unit, sure_is=info.sure_is, note=NOT_CALIBRATED
+        rgb,
+        map_HW,
+        map_name=info.title,
+        unit=info.unit,
+        sure_is=info.sure_is,
+        full_scale=info.full_scale(C),
+        note=NOT_CALIBRATED,
     )

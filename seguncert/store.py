@@ -60,7 +60,7 @@ class Store:
                 raise StoreError(
                     f"{out} holds other files ({strange[0]!r}) and no run.json. Give an empty or new folder as OUT."
                 )
-            self._ledger = open(out / "ledger.jsonl", "ab+")
+            self._ledger = open(out / "ledger.jsonl", "ab+")  # noqa: SIM115
         except OSError as error:
             raise cannot_write(out, error) from None
         try:

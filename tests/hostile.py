@@ -124,7 +124,7 @@ def make_hostile(root: Path) -> dict[str, str]:
         put(f"header_only.{suffix}", whole[:12], "cannot decode")
     put("half_grey16.png", (root / "grey16.png").read_bytes()[:-40], "cannot decode")
     put("half_float.tif", (root / "float_unit.tif").read_bytes()[:2000], "cannot decode")
-    put("almost.png", good[:-16], "cannot decode")
+    put("almost.png", good[:-60], "cannot decode")
     put("nan.tif", tiff(np.where(grey == 0, np.nan, grey / 255).astype(np.float32)), "NaN or infinite")
     put("infinite.tif", tiff(np.where(grey == 0, np.inf, grey).astype(np.float32)), "NaN or infinite")
     put("random.webp", np.random.default_rng(0).bytes(4096), "cannot decode")
@@ -133,16 +133,29 @@ def make_hostile(root: Path) -> dict[str, str]:
     zeros = bytes(1 << 20)
     put("bomb.png", png(50_000, 50_000, 8, 2, zeros), "image too large")
     put("bomb_palette.png", png(50_000, 50_000, 8, 3, zeros, (b"PLTE", bytes(768))), "image too large")
-    put("bomb.bmp", b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, *[0] * 6), "image too large")
+    put(
+        "bomb.bmp",
+        b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, *[0] * 6),
+        "image too large",
+    )
     put("bomb.gif", b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x02\x02L\x01\0;", "image too large")
-    put("bomb.jpg", jpeg.replace(struct.pack(">BHH", 8, 24, 32), struct.pack(">BHH", 8, 65500, 65500)), "image too large")
+    put(
+        "bomb.jpg",
+        jpeg.replace(struct.pack(">BHH", 8, 24, 32), struct.pack(">BHH", 8, 65500, 65500)),
+        "image too large",
+    )
     put("bomb.tif", _tiff_header(60_000, 60_000, 16), "image too large")
-    put("bomb.webp", b"RIFF\x20\0\0\0WEBPVP8L\x14\0\0\0\x2f" + struct.pack("<I", 0x0FFFFFFF) + bytes(20), "image too large")
+    put(
+        "bomb.webp",
+        b"RIFF\x20\0\0\0WEBPVP8L\x14\0\0\0\x2f" + struct.pack("<I", 0x0FFFFFFF) + bytes(20),
+        "image too large",
+    )
 
     # Nothing this program reads.
     put("half_float16.tif", tiff(grey.astype(np.float16)), "unsupported TIFF")
     put("signed_bytes.tif", tiff(grey.astype(np.int8)), "unsupported TIFF")
     put("planar16.tif", tiff(np.moveaxis(deep, -1, 0), planarconfig="separate"), "unsupported TIFF")
+    put("premultiplied16.tif", tiff(np.dstack([deep, deep[..., 0]]), extrasamples=["assocalpha"]), "unsupported TIFF")
     put("cmyk16.tif", tiff(np.dstack([deep, deep[..., 0]]), photometric="separated"), "unsupported TIFF")
     put("six_bands.tif", tiff(np.dstack([rgb, rgb]), photometric="minisblack", planarconfig="contig"), "cannot decode")
     put("text.png", b"not a picture\n", "cannot decode")

@@ -87,7 +87,10 @@ def test_pairs_go_by_relative_path(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     pairs = find_pairs(tmp_path / "images", tmp_path / "labels")
-    assert [(i.name, m.relative_to(tmp_path / "labels").as_posix()) for i, m in pairs] == [("b.webp", "b.png"), ("a.jpg", "x/a.png")]
+    assert [(i.name, m.relative_to(tmp_path / "labels").as_posix()) for i, m in pairs] == [
+        ("b.webp", "b.png"),
+        ("a.jpg", "x/a.png"),
+    ]
     (tmp_path / "labels" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 images have no PNG of the same name .* the first is .*b.webp"):
         find_pairs(tmp_path / "images", tmp_path / "labels")

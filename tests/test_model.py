@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,22 +19,13 @@ from seguncert.model import (
     load_model,
     load_net,
     net_logits,
-    save_model,
     wrap_model,
 )
 
-CONFIG = {
-    "_model_class": "Unet", "encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8],
-    "encoder_weights": None, "in_channels": 3, "classes": 3,
-}  # fmt: skip
-CARD = {"name": "small", "classes": ["a", "b", "c"], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
-
 
 @pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    save_model(tmp_path / "small", build_net(CONFIG), CONFIG, CARD)
-    return tmp_path / "small"
+def folder(tmp_path, small_model):
+    return shutil.copytree(small_model, tmp_path / "small")
 
 
 def change(file, **entries):
@@ -58,7 +50,13 @@ def test_a_folder_loads_and_gives_what_was_saved(folder):
     model = load_model(folder, "cpu")
     assert model.classes == ("a", "b", "c") and model.frame is None and model.colours.shape == (3, 3)
     torch.manual_seed(0)
-    saved = build_net(CONFIG).half().float().eval().to(memory_format=torch.channels_last)
+    saved = (
+        build_net(json.loads((folder / "config.json").read_text()))
+        .half()
+        .float()
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
     picture = torch.rand(1, 3, 64, 32)
     with torch.inference_mode():
         assert torch.equal(net_logits(model, picture), saved(picture)[0])

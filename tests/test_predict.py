@@ -79,7 +79,9 @@ def test_pieces_cover_everything_once():
         pieces = list(predict._pieces(length, 1024, 32))
         assert [inner.start for inner, _ in pieces] == [0] + [inner.stop for inner, _ in pieces[:-1]]
         assert pieces[-1][0].stop == length
-        assert all(outer.start % 32 == 0 and outer.start <= inner.start and outer.stop >= inner.stop for inner, outer in pieces)
+        assert all(
+            outer.start % 32 == 0 and outer.start <= inner.start and outer.stop >= inner.stop for inner, outer in pieces
+        )
 
 
 def test_one_value_that_is_not_finite_is_an_error():

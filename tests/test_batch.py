@@ -1,0 +1,279 @@
+"""A folder goes in: everything that should come out does, whatever happens on the way."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hostile import make_hostile
+from torch import nn
+
+import seguncert
+from seguncert import batch
+from seguncert.batch import export, list_images
+from seguncert.image import ImageError
+from seguncert.model import wrap_model
+
+KILLS = int(os.environ.get("SEGUNCERT_KILLS", "4"))
+
+
+def rows_of(out):
+    with open(out / "images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def tree(out):
+    """Content of every file, without what tells time."""
+    found = {}
+    for file in sorted(Path(out).rglob("*")):
+        name = file.relative_to(out).as_posix()
+        if file.is_file() and name != "ledger.jsonl":
+            found[name] = file.read_bytes()
+        elif file.is_dir():
+            found[name] = b"folder"
+    table = list(csv.DictReader(found["images.csv"].decode("utf-8", "surrogateescape").splitlines()))
+    found["images.csv"] = [{key: value for key, value in row.items() if key != "seconds"} for row in table]
+    return found
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "seguncert.cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def exported(pictures, small_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return out, export(pictures, out, small_model)
+
+
+def test_files_are_as_promised(exported, pictures):
+    out, result = exported
+    assert (result.done, result.failed, result.left, result.before) == (24, 0, 0, 0)
+    assert sorted(os.listdir(out)) == ["drive 0", "drive 1", "images.csv", "ledger.jsonl", "report.html", "run.json"]
+    rows = rows_of(out)
+    assert list(rows) == sorted(rows) and len(rows) == 24
+    assert list(next(iter(rows.values())))[:7] == [
+        "path",
+        "status",
+        "error",
+        "height",
+        "width",
+        "seconds",
+        "confidence_mean",
+    ]
+    for path in rows:
+        assert sorted(os.listdir(out / path)) == [
+            "confidence.png",
+            "entropy.png",
+            "labels.png",
+            "margin.png",
+            "overlay.jpg",
+        ]
+        assert (pictures / path).is_file()
+    run = json.loads((out / "run.json").read_text())
+    assert run["model"]["sha256"] and run["calibration"] == "none" and run["method"] == "none"
+    assert run["maps"]["entropy"]["full_scale"] == pytest.approx(np.log(3))
+    assert all(json.loads(line)["status"] == "ok" for line in (out / "ledger.jsonl").read_text().splitlines())
+
+
+def test_files_hold_what_analyse_says(exported, pictures, small_model):
+    out, _ = exported
+    model = seguncert.load_model(small_model, "cpu")
+    for path, row in list(rows_of(out).items())[::7]:
+        result = seguncert.analyse(model, pictures / path)
+        assert result.labels.dtype == np.int64 and result.probabilities.dtype == np.float32
+        np.testing.assert_allclose(result.probabilities.sum(0), 1, atol=1e-5)
+        assert (result.probabilities.argmax(0) == result.labels).mean() > 0.999
+        np.testing.assert_allclose(result.probabilities.max(0), result.maps["confidence"], atol=1e-6)
+        assert cv2.imread(str(out / path / "labels.png"), cv2.IMREAD_GRAYSCALE) is not None
+        for name, map_HW in result.maps.items():
+            stored = cv2.imread(str(out / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+            assert stored.dtype == np.uint16 and stored.shape == map_HW.shape
+            assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
+            assert float(row[f"{name}_mean"]) == pytest.approx(map_HW.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("format", ["npy", "tiff"])
+def test_other_formats_are_exact(pictures, small_model, tmp_path, format):
+    import tifffile
+
+    export(pictures, tmp_path, small_model, maps=["entropy"], format=format)
+    model = seguncert.load_model(small_model, "cpu")
+    path = next(iter(rows_of(tmp_path)))
+    stored = (
+        np.load(tmp_path / path / "entropy.npy")
+        if format == "npy"
+        else tifffile.imread(tmp_path / path / "entropy.tiff")
+    )
+    np.testing.assert_allclose(stored, seguncert.analyse(model, pictures / path).maps["entropy"], atol=1e-6)
+    assert stored.dtype == np.float32
+
+
+def test_a_second_run_does_nothing_and_a_changed_image_is_done_again(pictures, small_model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number, file in enumerate(sorted(pictures.rglob("*.jpg"))[:4]):
+        (source / f"{number}.jpg").write_bytes(file.read_bytes())
+    export(source, out, small_model)
+    before = tree(out)
+    assert export(source, out, small_model).before == 4
+    assert tree(out) == before
+    (source / "1.jpg").write_bytes((source / "2.jpg").read_bytes())
+    (source / "3.jpg").unlink()
+    result = export(source, out, small_model)
+    assert (result.done, result.before) == (3, 2)
+    assert (out / "1.jpg" / "entropy.png").read_bytes() == (out / "2.jpg" / "entropy.png").read_bytes()
+    assert list(rows_of(out)) == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_hostile_inputs_are_right_or_one_clear_line(small_model, tmp_path):
+    expected = make_hostile(tmp_path / "in")
+    assert len(expected) >= 40
+    run = subprocess.run(
+        command("export", tmp_path / "in", tmp_path / "out", "--model", small_model), capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    rows = rows_of(tmp_path / "out")
+    assert set(rows) == set(expected)
+    for path, text in expected.items():
+        row = rows[path]
+        if text == "ok":
+            assert row["status"] == "ok", (path, row["error"])
+            labels = cv2.imdecode(np.fromfile(tmp_path / "out" / path / "labels.png", np.uint8), cv2.IMREAD_UNCHANGED)
+            assert labels.shape[:2] == (int(row["height"]), int(row["width"]))
+        else:
+            assert row["status"] == "failed" and text in row["error"] and "\n" not in row["error"], (path, row)
+            assert not (tmp_path / "out" / path).exists()
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(pictures, small_model, tmp_path, exported):
+    out, rng, ledger = tmp_path / "out", random.Random(KILLS), tmp_path / "out" / "ledger.jsonl"
+    arguments = command("export", pictures, out, "--model", small_model)
+    lines = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+        wanted = lines + rng.randrange(3)
+        while process.poll() is None and (not ledger.exists() or ledger.read_bytes().count(b"\n") <= wanted):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        lines = ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+    assert subprocess.run(arguments, stderr=subprocess.DEVNULL).returncode == 0
+    assert tree(out) == tree(exported[0])
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_tidies_up_and_goes_on(pictures, small_model, tmp_path, exported, signal_):
+    out = tmp_path / "out"
+    arguments = command("export", pictures, out, "--model", small_model, "--workers", "1")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (out / "ledger.jsonl").exists() or not (out / "ledger.jsonl").read_bytes()):
+        time.sleep(0.001)
+    process.send_signal(signal_)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in stderr and "same command goes on" in stderr, stderr
+    done = len(rows_of(out))
+    assert 0 < done < 24 and (out / "report.html").exists() and not (out / ".partial").exists()
+    again = subprocess.run(arguments, capture_output=True, text=True)
+    assert again.returncode == 0 and f"24 images done ({done} done before)" in again.stderr
+    assert tree(out) == tree(exported[0])
+
+
+def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictures, small_model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    victim = sorted(path for path in list_images(pictures)[0])[5]
+    for _ in range(batch.CRASHES):  # what three crashes on this image leave behind
+        store = batch.Store(
+            out,
+            batch._settings(pictures, seguncert.load_model(small_model, "auto"), batch.DEFAULT_MAPS, "auto", "png16"),
+        )
+        store.begin(victim)
+        store._ledger.close()
+    monkeypatch.setattr(batch, "_process_alone", _die)
+    result = export(pictures, out, small_model)
+    assert (result.done, result.failed) == (23, 1)
+    assert rows_of(out)[victim]["error"].startswith("the process died 4 times on this image")
+    monkeypatch.undo()
+    assert export(pictures, out, small_model).failed == 0
+
+
+def _die(*_):
+    os._exit(9)
+
+
+def test_failures_inside_the_net_are_recorded(pictures, tmp_path):
+    class Refuses(nn.Module):
+        def forward(self, x):
+            if x.shape[-2] == 96:
+                raise RuntimeError("out of\nmemory")
+            return x[:, :2] * 1.0
+
+    result = export(pictures, tmp_path, wrap_model(Refuses(), ["a", "b"]), maps=["margin"])
+    assert result.done == 12 and result.failed == 12
+    assert {row["error"] for row in rows_of(tmp_path).values()} == {"", "failed inside: RuntimeError: out of memory"}
+
+
+def test_listing_follows_links_once_and_leaves_out_the_output(tmp_path):
+    for name in ("a.png", "sub/B.JPG", "sub/notes.txt", "out/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert list_images(tmp_path, tmp_path / "out") == (["a.png", "folder.png", "sub/B.JPG"], 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["IN", "OUT", "--model", "nosuch"], "no model 'nosuch': expected a bundled model"),
+        (
+            ["IN", "OUT", "--maps", "entropy,doubt"],
+            "expected one or more of confidence, entropy, margin, each once. Received: entropy, doubt",
+        ),
+        (["IN", "OUT", "--scale", "big"], "scale: expected auto, native or a factor"),
+        (["nowhere", "OUT"], "IN: expected a folder of images. Received: nowhere, which is not there"),
+        (["EMPTY", "OUT"], "no images in"),
+    ],
+)
+def test_wrong_calls_are_one_line_and_status_2(pictures, small_model, tmp_path, arguments, message):
+    (tmp_path / "EMPTY").mkdir()
+    places = {"IN": pictures, "OUT": tmp_path / "out", "EMPTY": tmp_path / "EMPTY"}
+    arguments = [str(places.get(each, each)) for each in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", str(small_model)]
+    run = subprocess.run(command("export", *arguments), capture_output=True, text=True)
+    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_answers_without_torch():
+    code = (
+        "import sys, seguncert.cli; sys.exit('torch' in sys.modules or 'gradio' in sys.modules or 'cv2' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert "export" in subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+
+
+def test_analyse_takes_files_bytes_and_arrays(pictures, small_model):
+    model = seguncert.load_model(small_model, "cpu")
+    file = next(pictures.rglob("*.png"))
+    results = [
+        seguncert.analyse(model, image)
+        for image in (file, str(file), file.read_bytes(), seguncert.read_image(file).rgb)
+    ]
+    assert all((result.maps["entropy"] == results[0].maps["entropy"]).all() for result in results)
+    assert results[0].overlay("entropy").shape[1] >= results[0].rgb.shape[1] and results[0].calibration == "none"
+    with pytest.raises(ImageError):
+        seguncert.analyse(model, b"no picture")
+    with pytest.raises(ImageError, match="^nowhere.png: cannot open"):
+        seguncert.analyse(model, "nowhere.png")

@@ -1,0 +1,45 @@
+"""The house rules that a machine can check: style, types, and that data flows one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [  # a module imports only modules above it
+    "maps", "image", "render", "report", "store", "model", "predict", "run", "batch", "evaluation", "cli",
+]  # fmt: skip
+LEAVES = {"maps", "image", "render", "report", "store", "model"}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_up_only(name):
+    allowed = [] if name in LEAVES else ORDER[: ORDER.index(name)]
+    for imported in imports(ROOT / "seguncert" / f"{name}.py"):
+        package, _, rest = imported.partition(".")
+        if package == "seguncert" and name != "cli":
+            assert rest.split(".")[0] in allowed, f"{name} imports {imported}"
+        assert package != "gradio", "gradio belongs to apps"
+
+
+def test_every_module_has_its_place():
+    found = {file.stem for file in (ROOT / "seguncert").glob("*.py")} - {"__init__"}
+    assert found == set(ORDER)
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["lint", "format", "types"]
+)
+def test_style_and_types(command):
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
