@@ -160,9 +160,8 @@ def _process(job: _Job, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         for name, map_HW in found.items():
             suffix, content = _encode(map_HW, job.format)
             files[name + suffix] = content
-        files["overlay.jpg"] = render.encode_jpeg(
-            draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(job.model.classes))
-        )
+        overlay = draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(job.model.classes))
+        files["overlay.jpg"] = render.encode_jpeg(render.thumbnail(overlay, render.JPEG_LONGEST))
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
     except OSError as error:

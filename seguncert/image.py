@@ -83,7 +83,7 @@ def read_image(
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        cap = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)
+        cap = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or 0))
         raise ImageError(f"image too large: expected at most {cap} pixels, received more; make it smaller") from error
     except Exception as error:  # decoders fail on damaged data in every way there is
         raise ImageError(
@@ -109,19 +109,19 @@ def _read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
     path = os.fspath(path)
     try:
         found = os.stat(path)
-        regular = stat.S_ISREG(found.st_mode)  # asked before opening: opening a pipe would wait for ever
-        if regular and found.st_size <= max_bytes:
+        if stat.S_ISREG(found.st_mode):  # asked before opening: opening a pipe would wait for ever
+            _check_cap(found.st_size, max_bytes, "bytes")
             with open(path, "rb") as file:
                 return file.read(max_bytes + 1)
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         answer = getattr(error, "strerror", None) or "no valid path"
         raise ImageError(
             f"cannot open: expected a readable file, received {answer!r}; check the path and its permissions"
         ) from error
-    if not regular:
-        received = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-        raise ImageError(f"not a file: expected an image file, received {received}; give the path of an image file")
-    _check_cap(found.st_size, max_bytes, "bytes")
+    received = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+    raise ImageError(f"not a file: expected an image file, received {received}; give the path of an image file")
 
 
 def _check_cap(count: int, cap: int, unit: str) -> None:
@@ -180,7 +180,8 @@ def _decode(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], i
             rgb, alpha, scaled = _scale(grey.astype(np.uint16) if image.mode == "I" else grey)
             alpha = alpha if key is None else np.where(grey == key, 0, 255)
         elif image.has_transparency_data:
-            if png_bits in (2, 4) and image.mode == "L":  # Pillow spreads the grey over 0..255, but not the key
+            if png_bits in (2, 4) and image.mode == "L" and key is not None:
+                # Pillow spreads the grey over 0..255, but not the key.
                 image.info["transparency"] = key * 255 // (2**png_bits - 1)
             rgba = np.array(image.convert("RGBA"))
             rgb, alpha = rgba[..., :3], rgba[..., 3]

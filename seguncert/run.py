@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 
 from seguncert import maps as maps_
-from seguncert import render
 from seguncert.image import ImageError, Photo, read_image
+from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.predict import predict_logits, rows_at_size
 
@@ -104,7 +104,7 @@ def draw_overlay(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The photo under the map `name` of a model with C classes, legend below."""
     info = maps_.MAPS[name]
-    return render.overlay_picture(
+    return overlay_picture(
         rgb,
         map_HW,
         map_name=info.title,

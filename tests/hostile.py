@@ -127,6 +127,14 @@ def make_hostile(root: Path) -> dict[str, str]:
     put("almost.png", good[:-60], "cannot decode")
     put("nan.tif", tiff(np.where(grey == 0, np.nan, grey / 255).astype(np.float32)), "NaN or infinite")
     put("infinite.tif", tiff(np.where(grey == 0, np.inf, grey).astype(np.float32)), "NaN or infinite")
+    before, _, after = good.partition(b"IDAT")
+    endless = before[:-4] + b"\x7f\xff\xff\xff" + b"IDAT" + after
+    put("chunk_of_2_gb.png", endless)  # all pixels are there
+    put(
+        "text_for_a_number.tif",
+        tiff(deep).replace(struct.pack("<HHI", 277, 3, 1), struct.pack("<HHI", 277, 2, 1)),
+        "cannot decode",
+    )
     put("random.webp", np.random.default_rng(0).bytes(4096), "cannot decode")
 
     # More than it seems: the headers promise gigapixels.

@@ -13,10 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hostile import make_hostile
 from torch import nn
 
 import seguncert
+from hostile import make_hostile
 from seguncert import batch
 from seguncert.batch import export, list_images
 from seguncert.image import ImageError

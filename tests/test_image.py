@@ -14,9 +14,9 @@ import cv2
 import imagecodecs
 import numpy as np
 import pytest
-from hostile import encode, frames, make_hostile, png, scene, tiff, turned
 from PIL import Image, ImageFile, ImageOps
 
+from hostile import encode, frames, make_hostile, png, scene, tiff, turned
 from seguncert.image import IMAGE_SUFFIXES, ImageError, Photo, pad_to_divisor, read_image
 
 RGB = scene()
@@ -374,6 +374,16 @@ def test_caps_are_checked_before_anything_is_decoded(tmp_path, monkeypatch):
     for source in (path, files[1]):
         with pytest.raises(ImageError, match=f"at most 99 bytes, received {len(files[1])}; .* max_bytes$"):
             read_image(source, max_bytes=99)
+
+
+def test_a_chunk_that_leaves_the_file_never_reaches_opencv(monkeypatch):
+    """OpenCV sets aside what the chunk's length says, up to 2 GB, before it finds the data missing."""
+    asked = []
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: asked.append("decoded"))
+    before, _, after = encode(RGB, "PNG").partition(b"IDAT")
+    photo = read_image(before[:-4] + b"\x7f\xff\xff\xffIDAT" + after)
+    np.testing.assert_array_equal(photo.rgb, RGB)
+    assert asked == []
 
 
 def test_pillows_warnings_and_limits_stay_inside(monkeypatch):

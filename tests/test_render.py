@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seguncert import render
+from seguncert import legend, render
 
 COLOURS = np.array([[128, 128, 128], [200, 0, 0], [0, 90, 220], [250, 240, 40]], np.uint8)
 LEGEND = {"map_name": "Confidence", "unit": "probability", "sure_is": "high", "note": "not calibrated"}
@@ -62,9 +62,9 @@ def test_errors_name_what_was_expected_and_received():
     with pytest.raises(ValueError, match=r"levels: expected numbers in \[0, 1\]. Received: 1.5"):
         render.draw_contours(photo, map_HW, [0.5, 1.5])
     with pytest.raises(ValueError, match=r"low < high. Received: low 1.0, high 1.0"):
-        render.legend_bar(200, "Entropy", "nat", 1.0, 1.0)
+        legend.legend_bar(200, "Entropy", "nat", 1.0, 1.0)
     with pytest.raises(ValueError, match=r"width: expected 64 pixels or more.*Received: 63"):
-        render.legend_bar(63, "Entropy")
+        legend.legend_bar(63, "Entropy")
     with pytest.raises(ValueError, match=r"side: expected 1 or more. Received: 0"):
         render.thumbnail(photo, 0)
     with pytest.raises(ValueError, match=r"at most 65500 pixels a side.*Received: 65501x1"):
@@ -99,14 +99,14 @@ def test_overlay_is_absolute_and_the_same_for_both_orientations():
 def test_overlay_agrees_with_the_formula():
     photo, map_HW = photo_and_map(20, 30)
     t = (np.rint(map_HW * 255) / 255)[..., None] ** 0.65
-    colour = render._table("inferno")[np.rint(90 + 165 * t[..., 0]).astype(int)]
+    colour = render.colour_table("inferno")[np.rint(90 + 165 * t[..., 0]).astype(int)]
     grey = np.repeat((photo @ np.array([0.299, 0.587, 0.114]))[..., None], 3, 2)
     expected = 0.92 * t * colour + (1 - 0.92 * t) * ((1 - t) * photo + t * grey)
     assert np.abs(render.overlay_doubt(photo, map_HW, "low") - expected).max() < 3
 
 
 def test_legend_shows_the_overlays_own_colours_at_the_maps_own_values():
-    bar = render.legend_bar(700, "Confidence", sure_is="high", name="inferno", opacity=0.92)
+    bar = legend.legend_bar(700, "Confidence", sure_is="high", name="inferno", opacity=0.92)
     ramp = render.doubt_ramp("high")
     row = max(bar, key=lambda row: len(np.unique(row, axis=0)))
     coloured = row[(row != render.PAPER).any(1) & (row != render.INK).any(1)]
@@ -137,11 +137,11 @@ def test_contours_lie_where_the_map_crosses_the_level():
 @pytest.mark.parametrize("H, W", [(1, 1), (2, 2), (64, 64), (1, 20000), (20000, 1), (48, 5000), (300, 480)])
 def test_any_shape_gives_a_picture_with_a_legend_below_the_photo(H, W):
     photo, map_HW = photo_and_map(H, W)
-    out = render.overlay_picture(photo, map_HW, **LEGEND)
+    out = legend.overlay_picture(photo, map_HW, **LEGEND)
     assert out.shape[1] == max(W, 260) and 40 < len(out) - H < 260
     assert (out[:H, :W] == render.overlay_doubt(photo, map_HW, "high")).all()
-    legend = out[H:]
-    assert (legend == render.INK).all(2).any() and (legend == render.PAPER).all(2).mean() > 0.3
+    below = out[H:]
+    assert (below == render.INK).all(2).any() and (below == render.PAPER).all(2).mean() > 0.3
     assert cv2.imdecode(np.frombuffer(render.encode_jpeg(out), np.uint8), cv2.IMREAD_COLOR).shape == out.shape
     for draw in (render.thumbnail(out, 100), render.draw_contours(photo, map_HW, [0.5])):
         assert draw.size and draw.dtype == np.uint8
@@ -150,11 +150,11 @@ def test_any_shape_gives_a_picture_with_a_legend_below_the_photo(H, W):
 @pytest.mark.parametrize("width", [64, 65, 90, 130, 200, 333, 640, 1921, 4000])
 @pytest.mark.parametrize("sure_is", ["high", "low", None])
 def test_legends_hold_at_every_width(width, sure_is):
-    bar = render.legend_bar(
+    bar = legend.legend_bar(
         width, "Mutual information", "nat", 0.0, 2.398, sure_is=sure_is, note="stretched to this image"
     )
     names = ["Fußgänger", "Straße", "a name that is much too long for a narrow legend", "absent"]
-    chips = render.legend_classes(width, names, COLOURS, np.array([0.5, 0.4996, 0.0004, 0.0]))
+    chips = legend.legend_classes(width, names, COLOURS, np.array([0.5, 0.4996, 0.0004, 0.0]))
     for strip in (bar, chips):
         assert strip.shape[1] == width and strip.shape[0] < 260
         assert (strip[:, 0] == render.PAPER).all() and (strip[:, -1] == render.PAPER).all()
@@ -164,7 +164,7 @@ def test_legends_hold_at_every_width(width, sure_is):
 
 def test_text_grows_with_the_width_within_bounds():
     heights = [
-        len(render.legend_bar(width, "Entropy", "nat", sure_is="low")) for width in (500, 1000, 2000, 8000, 20000)
+        len(legend.legend_bar(width, "Entropy", "nat", sure_is="low")) for width in (500, 1000, 2000, 8000, 20000)
     ]
     assert heights == sorted(heights) and heights[-1] == heights[-2] < 250
 
@@ -206,14 +206,14 @@ def test_the_same_bytes_from_every_thread():
         photo, map_HW = photo_and_map(40, 70 + seed, seed)
         labels_HW = (map_HW * 3.99).astype(np.uint8)
         return (
-            render.encode_jpeg(render.overlay_picture(photo, map_HW, **LEGEND)),
+            render.encode_jpeg(legend.overlay_picture(photo, map_HW, **LEGEND)),
             render.encode_map_png16(map_HW),
             render.encode_labels_png(labels_HW, COLOURS),
             render.fade_classes(photo, labels_HW, COLOURS, map_HW).tobytes(),
-            render.legend_classes(70 + seed, ["a", "b", "c", "ü"], COLOURS, np.full(4, 0.25)).tobytes(),
+            legend.legend_classes(70 + seed, ["a", "b", "c", "ü"], COLOURS, np.full(4, 0.25)).tobytes(),
         )
 
-    render.legend_bar.cache_clear()
+    legend.legend_bar.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(files, [*range(12)] * 2))
     assert together[:12] == together[12:] == [files(seed) for seed in range(12)]
