@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -79,3 +80,29 @@ def _write_once(path: Path, content: bytes) -> None:
     """Leave an equal file alone: a batch that goes on would take a newer one for changed."""
     if not path.exists() or path.read_bytes() != content:
         path.write_bytes(content)
+
+
+def main(file: Path) -> None:
+    """Draw the picture at the top of the README: a drawing, its classes faded by doubt, its confidence."""
+    from seguncert.legend import legend_classes
+    from seguncert.model import load_model
+    from seguncert.render import encode_jpeg, fade_classes
+    from seguncert.run import analyse
+
+    result = analyse(load_model("nuclei"), draw_nuclei(*DRAWINGS["drawn-out-of-focus.png"]))
+    confident = result.overlay("confidence")
+    faded = fade_classes(result.rgb, result.labels, result.colours, 1 - result.maps["entropy"], opacity=0.8)
+    shares = np.bincount(result.labels.ravel(), minlength=2) / result.labels.size
+    panels = []
+    for picture in (
+        result.rgb,
+        np.concatenate([faded, legend_classes(faded.shape[1], result.classes, result.colours, shares)]),
+    ):
+        panel = np.full_like(confident, 250)
+        panel[: len(picture)] = picture
+        panels += [panel, np.full_like(panel[:, :12], 255)]
+    file.write_bytes(encode_jpeg(np.concatenate([*panels, confident], axis=1)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

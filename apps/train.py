@@ -24,7 +24,7 @@ import torch
 import typer
 from rich.console import Console
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
@@ -137,7 +137,7 @@ def fit(
 ) -> torch.nn.Module:
     """Train `net` in place, a checkpoint an epoch; returns its average over updates. `check` measures an average."""
     device = next(net.parameters()).device
-    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+    averaged = AveragedModel(net, avg_fn=moving_average(recipe.average), use_buffers=True)
     matrices = [p for p in net.parameters() if p.ndim > 1]
     vectors = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -193,6 +193,16 @@ def fit(
         torch.save(state, checkpoint.with_suffix(".part"))
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
     return averaged.module
+
+
+def moving_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """An exponential average whose memory grows with the number of updates, so that it forgets the random start."""
+
+    def average(before: torch.Tensor, now: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        weight = 1 - min(decay, (1 + int(updates)) / (10 + int(updates)))
+        return torch.lerp(before, now, weight) if before.is_floating_point() else now
+
+    return average
 
 
 def half_precision(device: torch.device) -> torch.autocast:

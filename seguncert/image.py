@@ -188,9 +188,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], i
         else:
             rgb = np.array(image.convert("RGB"))
         rgb, laid = _over_white(rgb, alpha)
-        if image.format != "TIFF":  # both TIFF decoders turn by themselves
-            rgb = _upright(rgb, image)
-        return rgb, getattr(image, "n_frames", 1), scaled, laid
+        return _upright(rgb, image), getattr(image, "n_frames", 1), scaled, laid
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], int, str, str]:
@@ -261,7 +259,7 @@ def _over_white(
 
 def _upright(rgb: UInt8[np.ndarray, "H W 3"], image: Image.Image) -> UInt8[np.ndarray, "H2 W2 3"]:
     try:
-        orientation = image.getexif().get(0x0112)
+        orientation = image.getexif().get(0x0112)  # gone where Pillow has turned the picture itself: TIFF
     except Exception:  # a damaged EXIF says nothing about the pixels
         return rgb
     rgb = rgb.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else rgb

@@ -326,8 +326,22 @@ def test_ordinary_photos_are_decoded_by_opencv_alone(monkeypatch):
         raise AssertionError("Pillow was asked")
 
     monkeypatch.setattr(Image, "open", refuse)
-    for kind, options in [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]:
-        assert read_image(encode(RGB, kind, **options)).note == ""
+    lossless, progressive = {"lossless": True}, {"progressive": True}
+    for kind, options in [("JPEG", {}), ("JPEG", progressive), ("PNG", {}), ("WEBP", {}), ("WEBP", lossless)]:
+        assert read_image(encode(RGB, kind, **options)).rgb.shape == (24, 32, 3)
+    for kind in ("JPEG", "PNG"):
+        assert read_image(encode(GREY, kind)).rgb.shape == (24, 32, 3)
+
+
+def test_a_picture_of_another_size_than_promised_is_refused(monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: np.zeros((12, 32, 3), np.uint8))
+    with pytest.raises(ImageError, match="^cannot decode: "):
+        read_image(encode(RGB, "PNG"))
+
+
+def test_damaged_exif_leaves_the_picture():
+    text = (b"tEXt", b"Raw profile type exif\0\nexif\n4\nno hex at all\n")
+    assert read_image(png(2, 1, 8, 3, b"\0\2\0", PALETTE, text)).rgb.tolist() == [[list(BLUE), list(RED)]]
 
 
 # What goes wrong, and what it says.
@@ -396,8 +410,9 @@ def test_pillows_warnings_and_limits_stay_inside(monkeypatch):
             plain.load()
             plain.getexif()
         before = list(warnings.filters)
-        assert read_image(data).rgb.shape == (24, 32, 3)
-        assert list(warnings.filters) == before
+        with warnings.catch_warnings(record=True) as heard:
+            assert read_image(data).rgb.shape == (24, 32, 3)
+        assert heard == [] and list(warnings.filters) == before
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for data in (exif, tiff(RGB), encode(CLEAR, "PNG")):  # 768 pixels: a warning
         assert read_image(data).rgb.shape == (24, 32, 3)
