@@ -22,7 +22,7 @@ import torch
 
 from seguncert import maps as maps_
 from seguncert import render
-from seguncert.image import IMAGE_SUFFIXES, ImageError, read_image
+from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, read_image
 from seguncert.model import Model, ModelError, evaluating, load_model
 from seguncert.predict import predict_logits, scale_factor
 from seguncert.report import render_report
@@ -57,6 +57,7 @@ def export(
     format: str = "png16",
     workers: int | None = None,
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Exported:
     """Analyse every image under `source` and write label maps, maps, overlays, a table and a gallery to `out`.
@@ -68,6 +69,7 @@ def export(
     Args:
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
+        max_pixels: larger images are not decoded; they become a failed row.
         progress: called with (done, failed, all) after each image.
 
     Raises:
@@ -94,7 +96,7 @@ def export(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {passed_over}"
         )
     store = Store(out, _settings(source, model, maps, scale, format))
-    job = _Job(source, model, tuple(maps), scale, format)
+    job = _Job(source, tuple(maps), scale, format, max_pixels)
     stopped: BaseException | None = None
     try:
         todo = [path for path in paths if not store.done(path, _stamp(source / path))]
@@ -104,7 +106,7 @@ def export(
         try:
             with evaluating(model.module):
                 regular = [path for path in todo if path not in suspects]
-                _work(job, store, regular, workers, _counter(progress, before, len(paths)))
+                _work(job, model, store, regular, workers, _counter(progress, before, len(paths)))
             for path in suspects:
                 _try_alone(job, store, path, spec, device)
         except KeyboardInterrupt as error:
@@ -142,25 +144,25 @@ def list_images(source: Path, out: Path | None = None) -> tuple[list[str], int]:
 @dataclass(frozen=True)
 class _Job:
     source: Path
-    model: Model
     maps: tuple[str, ...]
     scale: str | float
     format: str
+    max_pixels: int
 
 
-def _process(job: _Job, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _process(job: _Job, model: Model, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Ledger line and files of one image; whatever is wrong with it becomes one line of text."""
     started = time.perf_counter()
     line: dict[str, Any] = {"path": path, "status": "failed", "error": "", "input": _stamp(job.source / path)}
     try:
-        photo = read_image(job.source / path)
+        photo = read_image(job.source / path, max_pixels=job.max_pixels)
         H, W = photo.rgb.shape[:2]
-        labels_HW, found = describe_photo(predict_logits(job.model, photo.rgb, job.scale), H, W, job.maps)
-        files = {"labels.png": render.encode_labels_png(labels_HW, job.model.colours)}
+        labels_HW, found = describe_photo(predict_logits(model, photo.rgb, job.scale), H, W, job.maps)
+        files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
         for name, map_HW in found.items():
             suffix, content = _encode(map_HW, job.format)
             files[name + suffix] = content
-        overlay = draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(job.model.classes))
+        overlay = draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(model.classes))
         files["overlay.jpg"] = render.encode_jpeg(render.thumbnail(overlay, render.JPEG_LONGEST))
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
@@ -201,13 +203,13 @@ def _tiff_writer() -> Callable[..., None]:
     return tifffile.imwrite
 
 
-def _work(job: _Job, store: Store, paths: list[str], workers: int, count: Callable[[str], None]) -> None:
+def _work(job: _Job, model: Model, store: Store, paths: list[str], workers: int, count: Callable[[str], None]) -> None:
     """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone."""
 
     def attempt(path: str) -> str:
         torch.set_num_threads(1)  # holds for the calling thread only
         folder = store.begin(path)
-        line, files = _process(job, path)
+        line, files = _process(job, model, path)
         store.finish(folder, line, files)
         return line["status"]
 
@@ -244,17 +246,17 @@ def _try_alone(job: _Job, store: Store, path: str, spec: str | os.PathLike[str] 
         return
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            line, files = pool.submit(
-                _process_alone, job.source, spec, device, job.maps, job.scale, job.format, path
-            ).result()
+            line, files = pool.submit(_process_alone, job, spec, device, path).result()
         except BrokenProcessPool:
             line, files = failed, {}
     store.finish(folder, line, files)
 
 
-def _process_alone(source, spec, device, maps, scale, format, path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _process_alone(
+    job: _Job, spec: str | os.PathLike[str], device: str, path: str
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     torch.set_num_threads(1)
-    return _process(_Job(source, load_model(spec, device), maps, scale, format), path)
+    return _process(job, load_model(spec, device), path)
 
 
 def _write_tables(store: Store, paths: list[str]) -> dict[str, int]:

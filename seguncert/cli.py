@@ -8,13 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from seguncert.batch import Exported
 
 app = typer.Typer(
     help="Where can I trust this segmentation mask?",
@@ -59,10 +63,16 @@ def export(
         int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
     ] = None,
     device: DeviceOption = Device.auto,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="larger images are not decoded but named as failed")
+    ] = 100_000_000,
 ) -> None:
     """Label maps, doubt maps, overlays, a table and a gallery for every image in a folder."""
     with _one_line_errors():
-        code = _export(source, out, model, tuple(maps.split(",")), scale, format.value, workers, device.value)
+        from seguncert.batch import export
+
+        job = partial(export, source, out, model, maps=tuple(maps.split(",")), scale=scale, format=format.value)
+        code = _run_batch(model, out, partial(job, workers=workers, device=device.value, max_pixels=max_pixels))
     raise typer.Exit(code)
 
 
@@ -73,18 +83,13 @@ def demo(
     """The bundled models on sample pictures; opens nothing, prints where to look."""
     with _one_line_errors():
         from seguncert.apps.samples import write_samples
+        from seguncert.batch import export
 
-        code = 0
-        for model, pictures in write_samples(out / "pictures").items():
-            code = max(
-                code,
-                _export(
-                    pictures, out / model, model, ("confidence", "entropy", "margin"), "auto", "png16", None, "auto"
-                ),
-            )
-    print(
-        f"\nOpen in a browser:\n  {(out / 'street' / 'report.html').resolve()}\n  {(out / 'nuclei' / 'report.html').resolve()}"
-    )
+        samples = write_samples(out / "pictures")
+        code = max(_run_batch(name, out / name, partial(export, samples[name], out / name, name)) for name in samples)
+    print("\nOpen in a browser:")
+    for name in samples:
+        print(f"  {(out / name / 'report.html').resolve()}")
     raise typer.Exit(code)
 
 
@@ -115,32 +120,11 @@ def page(
         launch(model, host, port)
 
 
-def _export(
-    source: Path,
-    out: Path,
-    model: str,
-    maps: tuple[str, ...],
-    scale: str,
-    format: str,
-    workers: int | None,
-    device: str,
-) -> int:
+def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:
+    """Run an export with progress and say what came of it; returns the exit status."""
     with _progress(f"{model}: ") as progress, _terminate_as_interrupt():
-        err.print(f"loading {model} …")
-        from seguncert.batch import export
-
         try:
-            result = export(
-                source,
-                out,
-                model,
-                maps=maps,
-                scale=scale,
-                format=format,
-                workers=workers,
-                device=device,
-                progress=progress,
-            )
+            result = job(progress=progress)
         except KeyboardInterrupt:
             err.print("stopped; what is finished is in images.csv and report.html. The same command goes on from here.")
             raise typer.Exit(STOPPED) from None

@@ -29,6 +29,7 @@ _PILLOW = threading.Lock()
 
 # OpenCV's failures come back as None or as an exception; the log would repeat them without the file's name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+MAX_PIXELS, MAX_BYTES = 100_000_000, 512 * 2**20  # of one file; callers may ask for more
 
 
 class ImageError(ValueError):
@@ -43,9 +44,7 @@ class Photo:
     note: str = ""
 
 
-def read_image(
-    source: str | os.PathLike | bytes, *, max_pixels: int = 100_000_000, max_bytes: int = 512 * 2**20
-) -> Photo:
+def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Photo:
     """Read a file, or its bytes, as RGB (H, W, 3) uint8 in 0..255, turned upright as its EXIF says.
 
     The content decides the format, not the name. Values are scaled, never clipped:

@@ -60,7 +60,7 @@ class Store:
                 raise StoreError(
                     f"{out} holds other files ({strange[0]!r}) and no run.json. Give an empty or new folder as OUT."
                 )
-            self._ledger = open(out / "ledger.jsonl", "ab+")  # noqa: SIM115
+            self._ledger = open(out / "ledger.jsonl", "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise cannot_write(out, error) from None
         try:
@@ -122,8 +122,10 @@ class Store:
     def _append(self, line: dict[str, Any]) -> None:
         data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
         with self._lock:
-            self._ledger.write(data)
-            self._ledger.flush()
+            end = self._ledger.seek(0, os.SEEK_END)
+            if self._ledger.write(data) != len(data):  # the disk became full within the line: no half lines
+                self._ledger.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._keep(line)
 
     def _keep(self, line: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -209,6 +210,28 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
 
 def _die(*_):
     os._exit(9)
+
+
+def test_a_full_disk_stops_the_run_with_one_line(pictures, small_model, tmp_path, exported):
+    def refuse_files_above_20_kilobytes():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = command("export", pictures, tmp_path / "out", "--model", small_model)
+    run = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=refuse_files_above_20_kilobytes)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert "seguncert: no space left to write" in run.stderr and "give the same command again" in run.stderr
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert tree(tmp_path / "out") == tree(exported[0])
+
+
+def test_pictures_above_the_cap_are_named_and_done_when_it_is_raised(pictures, small_model, tmp_path):
+    result = export(pictures, tmp_path, small_model, max_pixels=6200)
+    assert (result.done, result.failed) == (12, 12)
+    errors = {row["error"] for row in rows_of(tmp_path).values()} - {""}
+    assert errors == {
+        "image too large: expected at most 6200 pixels, received 6300; make it smaller or raise max_pixels"
+    }
+    assert export(pictures, tmp_path, small_model).failed == 0
 
 
 def test_failures_inside_the_net_are_recorded(pictures, tmp_path):

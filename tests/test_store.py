@@ -133,6 +133,31 @@ except StoreError as error:
     store.close()
 
 
+def test_a_disk_that_is_full_within_a_line_of_the_ledger_leaves_no_half_line(tmp_path):
+    code = f"""
+import resource
+from pathlib import Path
+from seguncert.store import Store, StoreError
+store = Store(Path({str(tmp_path)!r}), {SETTINGS!r})
+line = {{"status": "ok", "input": [1, 1], "long": "x" * 300}}
+for k in range(20):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        store.finish(store.begin(str(k)), line | {{"path": str(k)}}, {{"labels.png": b"x"}})
+    except StoreError as error:
+        print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        store.finish(store.begin("after"), line | {{"path": "after"}}, {{"labels.png": b"x"}})
+        break
+store.close()
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.count("no space left to write") == 1
+    store = Store(tmp_path, SETTINGS)
+    assert [line["path"] for line in store.latest()] == ["0", "1", "after"]
+    store.close()
+
+
 def test_write_file_leaves_the_old_one_when_it_fails(tmp_path):
     target = tmp_path / "images.csv"
     write_file(target, "old")
