@@ -8,6 +8,7 @@ One deterministic pass per image, at the image's own size; pixels of the ignore 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from seguncert.evaluation import Counts, find_pairs, measure, total
 from seguncert.image import read_image
-from seguncert.model import load_model
+from seguncert.model import Model, bundled_folder, bundled_names, load_model
 
 
 class Group(str, Enum):
@@ -47,6 +48,9 @@ def main(
     group: Annotated[Group, typer.Option(help="sequence: name before _; look: kind of micrograph")] = Group.none,
     only: Annotated[str | None, typer.Option(help="only images whose name begins so")] = None,
     scale: str = "auto",
+    record: Annotated[
+        Optional[str], typer.Option(help="write the figures into the model's card under this name")
+    ] = None,
 ) -> None:
     """Measure and print."""
     net = load_model(model)
@@ -70,6 +74,21 @@ def main(
     console = Console(width=60 + 16 * (C + 3))
     console.print(f"{model}, sha256 {net.sha256[:12]}…, {images}, ignore index {ignore_index}, scale {scale}")
     console.print(table)
+    if record:
+        _record(
+            bundled_folder(model) if model in bundled_names() else Path(model), record, total(counts.values(), C), net
+        )
+
+
+def _record(folder: Path, name: str, counts: Counts, net: Model) -> None:
+    """Add the figures to card.json, as `seguncert models` prints them."""
+    values = counts.compute()
+    figures = f"mIoU {values['miou']:.3f}, accuracy {values['accuracy']:.3f}, NLL {values['nll']:.3f} nat"
+    if len(net.classes) == 2:
+        figures = f"{net.classes[1]} IoU {counts.iou_C()[1]:.3f}, " + figures
+    card = json.loads((folder / "card.json").read_text())
+    card["measured"] = card.get("measured", {}) | {name: figures}
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_TIFF = {(1, 10), (1, 12), (1, 14), (1, 16), (1, 32), (2, 16), (2, 32), (3, 32), (3, 64)}  # sample format, bits
-FULL_SCALES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1, 2**32 - 1)
+FULL_SCALES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1)
 
 # Pillow warns, and `warnings.catch_warnings` is not safe between threads: what Pillow decodes, it decodes in turn.
 _PILLOW = threading.Lock()
@@ -50,10 +50,10 @@ def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXEL
     The content decides the format, not the name. Values are scaled, never clipped:
 
     - Up to 8 bits: full scale is 255, as the file has it.
-    - Integers of more bits: full scale is the smallest of 255, 1023, 4095, 16383, 65535 and 2^32 - 1 that holds
-      the largest value of all colour channels together (cameras store 10, 12 or 14 bits in 16).
-    - Floats within [0, 1]: times 255. Other floats, and integers below zero: linearly from the image's own
-      minimum and maximum to 0..255; black where the two are equal.
+    - Integers of more bits: full scale is the smallest of 255, 1023, 4095, 16383 and 65535 that holds the largest
+      value of all colour channels together (cameras store 10, 12 or 14 bits in 16).
+    - Floats within [0, 1]: times 255. Other floats, and integers below zero or above 65535: linearly from the
+      image's own minimum and maximum to 0..255; black where the two are equal.
 
     Transparency is laid over white; of several frames the first is taken; CMYK is converted without a profile.
 
@@ -231,7 +231,7 @@ def _scale(
     colours, alpha = deep[..., None] if deep.ndim == 2 else deep[..., 2::-1], None
     low, high = colours.min().item(), colours.max().item()
     kind = "float" if deep.dtype.kind == "f" else f"{8 * deep.itemsize}-bit"
-    if kind != "float" and low >= 0:
+    if kind != "float" and low >= 0 and high <= FULL_SCALES[-1]:
         low, high = 0, next(full for full in FULL_SCALES if full >= high)
     elif kind == "float" and low >= 0 and high <= 1:
         low, high = 0, 1

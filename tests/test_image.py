@@ -281,7 +281,8 @@ def test_one_scale_for_all_channels():
 @pytest.mark.parametrize(
     "values, expected, note",
     [
-        (np.array([0, 2**31], np.uint32), [0, 128], "32-bit: 0..4294967295"),
+        (np.array([0, 2**30, 2**31], np.uint32), [0, 128, 255], "32-bit: 0..2147483648"),
+        (np.array([0, 65536], np.int32), [0, 255], "32-bit: 0..65536"),
         (np.array([0, 65535], np.int32), [0, 255], "32-bit: 0..65535"),
         (np.array([-100, 0, 155], np.int16), [0, 100, 255], "16-bit: -100..155"),
         (np.array([-7, -7], np.int32), [0, 0], "32-bit: -7..-7"),
