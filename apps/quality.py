@@ -48,9 +48,7 @@ def main(
     group: Annotated[Group, typer.Option(help="sequence: name before _; look: kind of micrograph")] = Group.none,
     only: Annotated[str | None, typer.Option(help="only images whose name begins so")] = None,
     scale: str = "auto",
-    record: Annotated[
-        Optional[str], typer.Option(help="write the figures into the model's card under this name")
-    ] = None,
+    record: Annotated[str | None, typer.Option(help="write the figures into the model's card under this name")] = None,
 ) -> None:
     """Measure and print."""
     net = load_model(model)

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -68,16 +69,23 @@ class Recipe:
 
 
 class Crops(Dataset):
-    """Random crops; item (epoch, index) is a pure function of the seed, the epoch and the index."""
+    """Random crops; item (epoch, slot) is a pure function of the seed, the epoch and the slot.
+
+    An image has a slot in each epoch, and more of them the larger it is: the square root of how many crops it holds,
+    so that neither the pixels of large images nor small images go short.
+    """
 
     def __init__(self, pairs: list[tuple[Path, Path]], recipe: Recipe):
-        self.pairs, self.recipe = pairs, recipe
+        self.recipe = recipe
+        self.slots = [
+            pair for pair in pairs for _ in range(max(1, math.isqrt(_area(pair[0]) // math.prod(recipe.crop))))
+        ]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, index = key
+        epoch, slot = key
         cv2.setNumThreads(0)
-        rng = np.random.default_rng([self.recipe.seed, epoch, index])
-        image, label = self.pairs[index]
+        rng = np.random.default_rng([self.recipe.seed, epoch, slot])
+        image, label = self.slots[slot]
         rgb, label_HW = augment(
             read_image(image).rgb,
             read_label(label, len(self.recipe.classes), self.recipe.ignore_index),
@@ -119,6 +127,11 @@ def augment(rgb: np.ndarray, label: np.ndarray, recipe: Recipe, rng: np.random.G
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(label)
 
 
+def _area(image: Path) -> int:
+    with Image.open(image) as header:
+        return math.prod(header.size)
+
+
 def learning_rate(update: int, updates: int, peak: float) -> float:
     """Linear warm-up over the first 3 %, then a half cosine to zero."""
     warm = max(1, round(0.03 * updates))
@@ -153,14 +166,15 @@ def fit(
         done, history = state["epoch"], state["history"]
         console.print(f"going on after epoch {done}")
 
-    per_epoch = max(1, len(pairs) // recipe.batch)
+    crops = Crops(pairs, recipe)
+    per_epoch = max(1, len(crops.slots) // recipe.batch)
     batches = [
-        [(epoch, int(index)) for index in order[at * recipe.batch : (at + 1) * recipe.batch]]
+        [(epoch, int(slot)) for slot in order[at * recipe.batch : (at + 1) * recipe.batch]]
         for epoch in range(done, recipe.epochs)
-        for order in [np.random.default_rng([recipe.seed, epoch]).permutation(len(pairs))]
+        for order in [np.random.default_rng([recipe.seed, epoch]).permutation(len(crops.slots))]
         for at in range(per_epoch)
     ]
-    loader = iter(DataLoader(Crops(pairs, recipe), batch_sampler=batches, num_workers=workers))
+    loader = iter(DataLoader(crops, batch_sampler=batches, num_workers=workers))
     started = time.monotonic()
     for epoch in range(done, recipe.epochs):
         torch.manual_seed(recipe.seed + 1_000_003 * epoch)  # of the dropout
@@ -279,7 +293,8 @@ def train(
     known = {
         "name": out.name, "classes": list(recipe.classes), "colours": default_colours(C), "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD, "frame": None if frame == "none" else _pair(frame, "x", int),
-        "dropout": [{"before": "segmentation_head", "p": dropout}], "recipe": asdict(recipe),
+        "dropout": [{"before": "segmentation_head", "p": dropout}],
+        "recipe": asdict(recipe) | {"init": init.name if init else None},
     }  # fmt: skip
     save_model(out, averaged, config, known | more)
     console.print(f"wrote {out}; try: seguncert export IMAGES OUT --model {out}")

@@ -70,7 +70,7 @@ class Counts:
             "pixels": pixels,
         }
 
-    def iou_C(self) -> Float[np.ndarray, "C"]:
+    def iou_C(self) -> Float[np.ndarray, " C"]:
         """Intersection over union of each class; NaN for one that neither occurs nor is shown."""
         hits_C = self.confusion_CC.diagonal().astype(np.float64)
         union_C = self.confusion_CC.sum(0) + self.confusion_CC.sum(1) - hits_C

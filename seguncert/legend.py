@@ -81,7 +81,7 @@ def legend_bar(
 
 
 def legend_classes(
-    width: int, names: Sequence[str], colours_C3: UInt8[np.ndarray, "C 3"], shares_C: Float[np.ndarray, "C"]
+    width: int, names: Sequence[str], colours_C3: UInt8[np.ndarray, "C 3"], shares_C: Float[np.ndarray, " C"]
 ) -> UInt8[np.ndarray, "h width 3"]:
     """A chip for each class that is present, with its name and its share of the area, in rows that wrap.
 
