@@ -94,12 +94,13 @@ def describe(
     """
     C = logits_CHW.shape[0]
     first_HW, second_HW = logits_CHW[0].clone(), torch.full_like(logits_CHW[0], -torch.inf)
-    labels_HW = torch.zeros_like(first_HW, dtype=torch.uint8)
-    for c in range(1, C):  # one pass over the classes is faster than topk along the outer axis
+    labels_HW, smaller_HW = torch.zeros_like(first_HW, dtype=torch.uint8), torch.empty_like(first_HW)
+    for c in range(1, C):  # arithmetic along the classes is vectorised; argmax, topk and masks are not
         logit_HW = logits_CHW[c]
-        labels_HW.masked_fill_(logit_HW > first_HW, c)
+        torch.maximum(labels_HW, (logit_HW > first_HW).view(torch.uint8).mul_(c), out=labels_HW)
         if "margin" in names:
-            torch.maximum(second_HW, torch.minimum(logit_HW, first_HW), out=second_HW)
+            torch.minimum(logit_HW, first_HW, out=smaller_HW)
+            torch.maximum(second_HW, smaller_HW, out=second_HW)
         torch.maximum(first_HW, logit_HW, out=first_HW)
     z_CHW = (logits_CHW - first_HW).clamp_(min=LOWEST)
     e_CHW = z_CHW.exp()

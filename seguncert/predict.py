@@ -75,27 +75,32 @@ def predict_logits(
 
 
 def rows_at_size(
-    logits_Chw: Float[Tensor, "C h w"], height: int, width: int, values: int = 1 << 19
+    logits_Chw: Float[Tensor, "C h w"], height: int, width: int, values: int = 1 << 18
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"]]]:
     """Bilinear resize of logits to (height, width), given out in bands of rows that stay in cache.
 
-    The same numbers as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`, without ever holding
-    C · height · width of them. `values` bounds the size of one band.
+    The numbers of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`, without ever holding
+    C · height · width of them: columns first, as a whole, then rows band by band. `values` bounds the size of a band.
     """
     C, h, w = logits_Chw.shape
-    rows = max(1, values // (C * max(width, w)))
+    rows = max(1, values // (C * width))
+    if w != width:
+        wide_ChW = np.empty((C, h, width), np.float32)
+        for logits_hw, wide_hW in zip(logits_Chw.numpy(), wide_ChW, strict=True):
+            cv2.resize(logits_hw, (width, h), dst=wide_hW, interpolation=cv2.INTER_LINEAR)
+        logits_Chw = torch.from_numpy(wide_ChW)
     for start in range(0, height, rows):
         band = slice(start, min(start + rows, height))
-        if (h, w) == (height, width):
+        if h == height:
             yield band, logits_Chw[:, band]
             continue
-        source = ((torch.arange(band.start, band.stop) + 0.5) * (h / height) - 0.5).clamp_(0, h - 1)
+        source = ((torch.arange(band.start, band.stop, dtype=torch.float64) + 0.5) * (h / height) - 0.5).clamp_(
+            0, h - 1
+        )
         upper = source.long().clamp_(max=max(0, h - 2))
-        weight = (source - upper).view(-1, 1)
+        weight = (source - upper).float().view(-1, 1)
         lower = (upper + 1).clamp_(max=h - 1)
-        mixed_CRw = torch.lerp(logits_Chw[:, upper], logits_Chw[:, lower], weight)
-        size = (band.stop - band.start, width)
-        yield band, torch.nn.functional.interpolate(mixed_CRw[None], size=size, mode="bilinear", align_corners=False)[0]
+        yield band, torch.lerp(logits_Chw.index_select(1, upper), logits_Chw.index_select(1, lower), weight)
 
 
 def _run(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
