@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+from seguncert.card import default_colours
 from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
 from seguncert.image import read_image
 from seguncert.model import (
@@ -35,7 +36,6 @@ from seguncert.model import (
     IMAGENET_STD,
     Model,
     build_net,
-    default_colours,
     insert_dropout,
     load_net,
     pick_device,
@@ -123,7 +123,7 @@ def augment(rgb: np.ndarray, label: np.ndarray, recipe: Recipe, rng: np.random.G
     rgb = grey + (rgb - grey) * rng.uniform(0.5, 1.5)
     rgb = (rgb - rgb.mean()) * rng.uniform(0.7, 1.4) + rgb.mean() + rng.uniform(-0.15, 0.15)
     rgb = np.clip(rgb * rng.uniform(0.93, 1.07, 3).astype(np.float32), 0, 1) ** rng.uniform(0.8, 1.25)
-    normalised = (rgb - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    normalised = (rgb - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(label)
 
 
@@ -155,11 +155,13 @@ def fit(
     vectors = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate)
-    done, history = 0, []
+    done, history, names = 0, [], [image.name for image, _ in pairs]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
-        if state["recipe"] != json.dumps(asdict(recipe)):
-            raise ValueError(f"{checkpoint} is from another recipe. Give the same options, another OUT, or remove it.")
+        if state["recipe"] != json.dumps(asdict(recipe)) or state["images"] != names:
+            raise ValueError(
+                f"{checkpoint} is from another recipe or other images. Give the same, another OUT, or remove it."
+            )
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
@@ -201,7 +203,7 @@ def fit(
         left = (recipe.epochs - epoch - 1) * row["seconds"] / (epoch + 1 - done) / 60
         console.print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()), f" left {left:.0f} min")
         state = {
-            "recipe": json.dumps(asdict(recipe)), "epoch": epoch + 1, "history": history, "net": net.state_dict(),
+            "recipe": json.dumps(asdict(recipe)), "images": names, "epoch": epoch + 1, "history": history, "net": net.state_dict(),
             "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
         }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".part"))
@@ -209,10 +211,10 @@ def fit(
     return averaged.module
 
 
-def moving_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def moving_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]:
     """An exponential average whose memory grows with the number of updates, so that it forgets the random start."""
 
-    def average(before: torch.Tensor, now: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+    def average(before: torch.Tensor, now: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
         weight = 1 - min(decay, (1 + int(updates)) / (10 + int(updates)))
         return torch.lerp(before, now, weight) if before.is_floating_point() else now
 
@@ -261,7 +263,17 @@ def train(
         ignore_index, dropout, epochs, batch, _pair(crop, "x", int), _pair(scale_range, ",", float), rotate, rate, decay,
         average, seed, str(init or ""), left_out,
     )  # fmt: skip
-    pairs = [pair for pair in find_pairs(images, labels) if pair[0].stem.split("_")[0] not in left_out]
+    if rotate and recipe.crop[0] != recipe.crop[1]:
+        raise ValueError(f"rotate: expected a square crop. Received: {crop}")
+    if (val_images is None) != (val_labels is None):
+        raise ValueError("val: expected --val-images and --val-labels together. Received: one of them")
+    pairs = find_pairs(images, labels)
+    sequences = {image.stem.split("_")[0] for image, _ in pairs}
+    if not set(left_out) < sequences:
+        raise ValueError(
+            f"leave-out: expected some of the sequences {', '.join(sorted(sequences))}, not all. Received: {', '.join(left_out)}"
+        )
+    pairs = [pair for pair in pairs if pair[0].stem.split("_")[0] not in left_out]
     val_pairs = find_pairs(val_images, val_labels) if val_images and val_labels else []
     more = json.loads(card.read_text()) if card else {}
     C = len(recipe.classes)
@@ -275,7 +287,7 @@ def train(
     if init is not None:
         net.load_state_dict(load_net(init).state_dict())
     insert_dropout(net, "segmentation_head", dropout)
-    net = net.to(pick_device("auto"), memory_format=torch.channels_last)
+    net = net.to(pick_device("auto")).to(memory_format=torch.channels_last)
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     console.print(
         f"{architecture} {encoder}, {millions:.2f} M parameters, {C} classes; {len(pairs)} images to train on"
@@ -301,8 +313,11 @@ def train(
 
 
 def _pair(text: str, separator: str, kind: type) -> tuple:
-    first, second = text.split(separator)
-    return kind(first), kind(second)
+    try:
+        first, second = text.split(separator)
+        return kind(first), kind(second)
+    except ValueError:
+        raise ValueError(f"expected two numbers with {separator!r} between. Received: {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import multiprocessing
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +26,34 @@ from seguncert import render
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, read_image
 from seguncert.model import Model, ModelError, evaluating, load_model
 from seguncert.predict import predict_logits, scale_factor
-from seguncert.report import render_report
 from seguncert.run import DEFAULT_MAPS, describe_photo, draw_overlay
-from seguncert.store import Store, write_file
+from seguncert.store import OURS, Store, stamp_of
+from seguncert.tables import BINS, write_tables
 
 FORMATS = ("png16", "npy", "tiff")
-BINS = 64  # of the histograms in the report
-GALLERY = 200  # thumbnails inside report.html; the rest is loaded from beside it
 CRASHES = 3  # after so many, an image is tried once more in a process of its own
+
+
+class _Budget:
+    """At most `total` of something at once, shared by threads; one that needs more waits until it is alone."""
+
+    def __init__(self, total: int):
+        self.total, self.taken, self.changed = total, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken == 0 or self.taken + amount <= self.total)
+            self.taken += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= amount
+                self.changed.notify_all()
+
+
+PIXELS = _Budget(32_000_000)  # under way at once, so that large pictures do not fill the memory together
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,10 @@ def export(
         raise ValueError(
             f"IN: expected a folder of images. Received: {source}, which is {'a file' if source.exists() else 'not there'}"
         )
+    if out.exists() and (not out.is_dir() or _identity(out) == _identity(source)):
+        raise ValueError(
+            f"OUT: expected a new folder or one of an earlier run. Received: {out}, which is {'IN' if out.is_dir() else 'a file'}"
+        )
     workers = workers or min(_cores(), 16)
     spec = None if isinstance(model, Model) else model
     model = model if isinstance(model, Model) else load_model(model, device)
@@ -97,22 +122,23 @@ def export(
         )
     store = Store(out, _settings(source, model, maps, scale, format))
     job = _Job(source, tuple(maps), scale, format, max_pixels)
-    stopped: BaseException | None = None
+    stopped, threads = None, torch.get_num_threads()
     try:
-        todo = [path for path in paths if not store.done(path, _stamp(source / path))]
+        todo = [path for path in paths if not store.done(path, stamp_of(source / path))]
         before = len(paths) - len(todo)
-        suspects = [path for path in todo if store.interrupted.get(path, 0) >= CRASHES]
+        suspects = {path for path in todo if store.interrupted.get(path, 0) >= CRASHES}
+        count = _counter(progress, before, len(paths))
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
             with evaluating(model.module):
-                regular = [path for path in todo if path not in suspects]
-                _work(job, model, store, regular, workers, _counter(progress, before, len(paths)))
-            for path in suspects:
-                _try_alone(job, store, path, spec, device)
+                _work(job, model, store, [path for path in todo if path not in suspects], workers, count)
+            for path in sorted(suspects):
+                count(_try_alone(job, store, path, spec, device))
         except KeyboardInterrupt as error:
             stopped = error
-        counts = _write_tables(store, paths)
+        counts = write_tables(store, source, paths)
     finally:
+        torch.set_num_threads(threads)
         store.close()
     if stopped is not None:
         raise stopped
@@ -122,23 +148,26 @@ def export(
 def list_images(source: Path, out: Path | None = None) -> tuple[list[str], int]:
     """Relative paths of everything under `source` with an image's suffix, sorted; how many other files there are.
 
-    Links are followed, each folder once; `out` is left out. A folder that is named like an image is listed too: it
-    becomes a failed row, not a silence.
+    Links are followed, each folder once; `out` and the outputs of other exports are left out. A folder that is named
+    like an image, or that may not be read, is listed too: it becomes a failed row, not a silence.
     """
     paths, passed_over = [], 0
     seen = {_identity(out)} if out is not None and out.exists() else set()
-    for root, folders, files in os.walk(source, followlinks=True):
+
+    def name_as_failed(error: OSError) -> None:
+        paths.append(Path(error.filename).relative_to(source).as_posix())
+
+    for root, folders, files in os.walk(source, onerror=name_as_failed, followlinks=True):
         identity = _identity(root)
-        if identity in seen:
+        if identity in seen or {"run.json", "ledger.jsonl"} <= set(files):  # a loop, or what an export wrote
             folders.clear()
             continue
         seen.add(identity)
         relative = Path(root).relative_to(source)
-        paths += [
-            (relative / name).as_posix() for name in files + folders if Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        names = files + folders
+        paths += [(relative / name).as_posix() for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
         passed_over += sum(Path(name).suffix.lower() not in IMAGE_SUFFIXES for name in files)
-    return sorted(paths), passed_over
+    return sorted(set(paths)), passed_over
 
 
 @dataclass(frozen=True)
@@ -153,34 +182,50 @@ class _Job:
 def _process(job: _Job, model: Model, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Ledger line and files of one image; whatever is wrong with it becomes one line of text."""
     started = time.perf_counter()
-    line: dict[str, Any] = {"path": path, "status": "failed", "error": "", "input": _stamp(job.source / path)}
+    file, stamp = job.source / path, stamp_of(job.source / path)
+    line: dict[str, Any] = {"path": path, "status": "failed", "error": "", "input": stamp}
+    if Path(path).parts[0] in OURS:
+        return line | {
+            "error": f"its folder {Path(path).parts[0]!r} has the name of a file of the output; rename it"
+        }, {}
+    if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
+        return line | {"error": "the folder cannot be listed; check its permissions"}, {}
     try:
-        photo = read_image(job.source / path, max_pixels=job.max_pixels)
+        photo = read_image(file, max_pixels=job.max_pixels)
         H, W = photo.rgb.shape[:2]
-        labels_HW, found = describe_photo(predict_logits(model, photo.rgb, job.scale), H, W, job.maps)
-        files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
-        for name, map_HW in found.items():
-            suffix, content = _encode(map_HW, job.format)
-            files[name + suffix] = content
-        overlay = draw_overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(model.classes))
-        files["overlay.jpg"] = render.encode_jpeg(render.thumbnail(overlay, render.JPEG_LONGEST))
+        with PIXELS.take(H * W):
+            labels_HW, found = describe_photo(predict_logits(model, photo.rgb, job.scale), H, W, job.maps)
+            files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
+            for name, map_HW in found.items():
+                suffix, content = _encode(map_HW, job.format)
+                files[name + suffix] = content
+            files["overlay.jpg"] = _overlay(photo.rgb, found[job.maps[0]], job.maps[0], len(model.classes))
+            means = {name: float(map_HW.mean(dtype=np.float64)) for name, map_HW in found.items()}
+            histograms = {name: _histogram(map_HW) for name, map_HW in found.items()}
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
-    except OSError as error:
-        return line | {"error": f"cannot be read: {error.strerror or error}"}, {}
-    except (MemoryError, RuntimeError, cv2.error) as error:
+    except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
         return line | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
-    bins = {
-        name: np.bincount((map_HW.ravel() * BINS).astype(np.uint8), minlength=BINS + 1)
-        for name, map_HW in found.items()
-    }
     done = {
-        "status": "ok", "note": photo.note, "height": H, "width": W,
-        "mean": {name: float(map_HW.mean(dtype=np.float64)) for name, map_HW in found.items()},
-        "histogram": {name: [*counts[: BINS - 1].tolist(), int(counts[BINS - 1 :].sum())] for name, counts in bins.items()},
+        "status": "ok", "note": photo.note, "height": H, "width": W, "mean": means, "histogram": histograms,
         "seconds": round(time.perf_counter() - started, 4),
     }  # fmt: skip
     return line | done, files
+
+
+def _overlay(rgb: np.ndarray, map_HW: np.ndarray, name: str, C: int) -> bytes:
+    if max(rgb.shape) > render.JPEG_LONGEST - 200:  # leave room for the legend
+        rgb = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
+        map_HW = cv2.resize(map_HW, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
+    return render.encode_jpeg(draw_overlay(rgb, map_HW, name, C))
+
+
+def _histogram(map_HW: np.ndarray) -> list[int]:
+    """Counts of `BINS` equal bins of [0, 1]; by rows, since bincount wants eight bytes a pixel."""
+    counts = np.zeros(BINS + 1, np.int64)
+    for start in range(0, len(map_HW), 256):
+        counts += np.bincount((map_HW[start : start + 256].ravel() * BINS).astype(np.uint8), minlength=BINS + 1)
+    return [*counts[: BINS - 1].tolist(), int(counts[BINS - 1 :].sum())]
 
 
 def _encode(map_HW: np.ndarray, format: str) -> tuple[str, bytes]:
@@ -207,7 +252,7 @@ def _work(job: _Job, model: Model, store: Store, paths: list[str], workers: int,
     """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone."""
 
     def attempt(path: str) -> str:
-        torch.set_num_threads(1)  # holds for the calling thread only
+        torch.set_num_threads(1)
         folder = store.begin(path)
         line, files = _process(job, model, path)
         store.finish(folder, line, files)
@@ -236,20 +281,23 @@ def _drain(under_way: set[Future[str]], count: Callable[[str], None]) -> set[Fut
     return under_way
 
 
-def _try_alone(job: _Job, store: Store, path: str, spec: str | os.PathLike[str] | None, device: str) -> None:
+def _try_alone(job: _Job, store: Store, path: str, spec: str | os.PathLike[str] | None, device: str) -> str:
     """One more attempt on an image on which the process died again and again, where a death harms nobody else."""
     folder = store.begin(path)
-    failed = {"path": path, "status": "failed", "input": _stamp(job.source / path), "error":
-              f"the process died {store.interrupted[path] + 1} times on this image; it may need more memory than there is"}  # fmt: skip
-    if spec is None:
-        store.finish(folder, failed, {})
-        return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
+    line: dict[str, Any] = {"path": path, "status": "failed", "input": stamp_of(job.source / path)}
+    deaths, files = store.interrupted[path], dict[str, bytes]()
+    try:
+        if spec is None:
+            raise BrokenProcessPool  # a wrapped net cannot be sent to another process
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             line, files = pool.submit(_process_alone, job, spec, device, path).result()
-        except BrokenProcessPool:
-            line, files = failed, {}
+    except BrokenProcessPool:
+        deaths += spec is not None
+        line["error"] = f"the process died {deaths} times on this image; it may need more memory than there is"
+    except Exception as error:
+        line["error"] = f"failed in a process of its own: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     store.finish(folder, line, files)
+    return line["status"]
 
 
 def _process_alone(
@@ -257,60 +305,6 @@ def _process_alone(
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     torch.set_num_threads(1)
     return _process(job, load_model(spec, device), path)
-
-
-def _write_tables(store: Store, paths: list[str]) -> dict[str, int]:
-    """images.csv and report.html of what the ledger says of `paths`."""
-    wanted = set(paths)
-    rows: dict[str, dict[str, Any]] = {}
-    settings = store.settings
-    histograms = {name: np.zeros(BINS, np.int64) for name in settings["maps"]}
-    for line in store.latest():
-        if line["path"] not in wanted or line["status"] == "interrupted":
-            continue
-        for name, counts in line.pop("histogram", {}).items():
-            histograms[name] += counts
-        rows[line["path"]] = _row(line, list(settings["maps"]))
-    ordered = [rows[path] for path in paths if path in rows]
-    first, info = next(iter(settings["maps"].items()))
-    sign = 1 if info["sure_is"] == "high" else -1
-    gallery = sorted(
-        (row for row in ordered if row["status"] == "ok"), key=lambda row: (sign * row[f"{first}_mean"], row["path"])
-    )[:GALLERY]
-    thumbnails = {row["path"]: _thumbnail(store.out / row["path"] / "overlay.jpg") for row in gallery}
-    table = io.StringIO(newline="")
-    columns = [
-        "path",
-        "status",
-        "error",
-        "height",
-        "width",
-        "seconds",
-        *(f"{name}_mean" for name in settings["maps"]),
-        "note",
-    ]
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(ordered)
-    write_file(store.out / "images.csv", table.getvalue())
-    for row in ordered:
-        del row["seconds"]  # the report is the same however long it took
-    histogram_lists = {name: counts.tolist() for name, counts in histograms.items()}
-    write_file(store.out / "report.html", render_report(settings, ordered, histogram_lists, thumbnails))
-    ok = sum(row["status"] == "ok" for row in ordered)
-    return {"ok": ok, "failed": len(ordered) - ok, "left": len(paths) - len(ordered)}
-
-
-def _row(line: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    keys = ("path", "status", "error", "height", "width", "seconds")
-    means = {f"{name}_mean": round(line["mean"][name], 6) if "mean" in line else None for name in names}
-    return {key: line.get(key) for key in keys} | means | {"note": line.get("note", "")}
-
-
-def _thumbnail(file: Path) -> bytes:
-    overlay = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert overlay is not None, "the ledger says that this file is whole"
-    return render.encode_jpeg(render.thumbnail(overlay, 320), 80)
 
 
 def _settings(source: Path, model: Model, maps: Sequence[str], scale: str | float, format: str) -> dict[str, Any]:
@@ -351,15 +345,6 @@ def _counter(progress: Callable[[int, int, int], None] | None, before: int, tota
     if progress is not None:
         progress(before, 0, total)
     return count
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size and time of change of an input: when they move, it is done again."""
-    try:
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns]
-    except OSError:
-        return [-1, -1]
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

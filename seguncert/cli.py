@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 FAILED, WRONG, STOPPED = 1, 2, 130
 
@@ -71,7 +72,15 @@ def export(
     with _one_line_errors():
         from seguncert.batch import export
 
-        job = partial(export, source, out, model, maps=tuple(maps.split(",")), scale=scale, format=format.value)
+        job = partial(
+            export,
+            source,
+            out,
+            model,
+            maps=tuple(name.strip() for name in maps.split(",")),
+            scale=scale,
+            format=format.value,
+        )
         code = _run_batch(model, out, partial(job, workers=workers, device=device.value, max_pixels=max_pixels))
     raise typer.Exit(code)
 
@@ -122,14 +131,19 @@ def page(
 
 def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:
     """Run an export with progress and say what came of it; returns the exit status."""
-    with _progress(f"{model}: ") as progress, _terminate_as_interrupt():
+    with _progress(f"{model}: ") as progress, _tidy_stop():
         try:
             result = job(progress=progress)
         except KeyboardInterrupt:
-            err.print("stopped; what is finished is in images.csv and report.html. The same command goes on from here.")
+            so_far = (
+                "what is finished is in images.csv and report.html"
+                if (out / "images.csv").exists()
+                else "nothing is done yet"
+            )
+            err.print(f"stopped; {so_far}. The same command goes on from here.")
             raise typer.Exit(STOPPED) from None
     before = f" ({result.before} done before)" if result.before else ""
-    passed = f"; {result.passed_over} files without an image's suffix passed over" if result.passed_over else ""
+    passed = f"; {result.passed_over} files that are no images by name passed over" if result.passed_over else ""
     err.print(f"{result.done} images done{before}, {result.failed} failed{passed}")
     if result.failed:
         err.print(
@@ -141,30 +155,40 @@ def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Errors that are the user's to mend become one line and status 2; a folder that cannot be written, status 1."""
+    """Errors that are the user's to mend become one line and status 2; an output that cannot be written, status 1."""
     try:
         yield
     except Exception as error:
         from seguncert.store import StoreError
 
-        if not isinstance(error, (ValueError, StoreError)):
+        if not isinstance(error, (ValueError, OSError, StoreError)):
             raise
-        err.print(f"seguncert: {error}", style="red", markup=False)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        err.print(f"seguncert: {text}", style="red")
         raise typer.Exit(FAILED if isinstance(error, StoreError) else WRONG) from None
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """A batch system's SIGTERM ends a run like Ctrl-C: tidily."""
+def _tidy_stop() -> Iterator[None]:
+    """Ctrl-C, and SIGTERM from a batch system, end a run tidily; a second one says what is going on, a third ends it."""
+    received = 0
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(*_: object) -> None:
+        nonlocal received
+        received += 1
+        if received == 1:
+            raise KeyboardInterrupt
+        if received == 2:
+            err.print("the images under way are being finished; once more stops at once, and loses only those")
+        else:
+            os._exit(STOPPED)  # the ledger needs no farewell
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -175,10 +199,10 @@ def _progress(title: str) -> Iterator[Callable[[int, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
     )
     started, first, last = time.monotonic(), 0, -1e9

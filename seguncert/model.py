@@ -6,9 +6,9 @@ them, and `card.json`, which says what those two cannot. Nothing in it can run c
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,11 +23,9 @@ from jaxtyping import UInt8
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from seguncert.card import ModelError, check_card, read_json
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or run as asked; one line: what, expected, received, what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,50 +81,39 @@ def load_model(name: str | os.PathLike[str], device: str = "auto") -> Model:
             f"no model {str(name)!r}: expected a bundled model ({', '.join(bundled_names())}) or a folder with config.json,"
             " model.safetensors and card.json. Nothing is fetched from a hub; download the folder first."
         )
-    card = _read_json(folder / "card.json")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    card = check_card(read_json(folder / "card.json"), f"{folder}/card.json")
+    try:
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{folder}/model.safetensors: {error.strerror}. A model folder needs it.") from None
     if card.get("sha256") != digest:
         raise ModelError(
             f"{folder}: model.safetensors is not the file that card.json describes."
             f" Expected sha256 {card.get('sha256')}. Received: {digest}. Copy the folder again, or correct the card."
         )
     net = load_net(folder)
-    for dropout in card.get("dropout", []):
+    for dropout in card["dropout"]:
         insert_dropout(net, dropout["before"], dropout["p"])
-    frame, head = card.get("frame"), card.get("head", "softmax")
-    if head not in ("softmax", "sigmoid"):
-        raise ModelError(f"{folder}/card.json: head: expected softmax or sigmoid. Received: {head!r}")
-    try:
-        return _checked(
-            Model(
-                name=card["name"],
-                module=net.to(pick_device(device)).to(memory_format=torch.channels_last),
-                classes=tuple(card["classes"]),
-                colours=np.array(card.get("colours") or default_colours(len(card["classes"])), np.uint8),
-                mean=_three(card["mean"]),
-                std=_three(card["std"]),
-                frame=(int(frame[0]), int(frame[1])) if frame else None,
-                divisor=int(card.get("divisor", 32)),
-                head=head,
-                sha256=digest,
-                card=card,
-            )
-        )
-    except KeyError as error:
-        raise ModelError(
-            f"{folder}/card.json: {error} is missing; a card needs name, classes, mean, std, sha256"
-        ) from None
+    return _model(net.to(pick_device(device)).to(memory_format=torch.channels_last), card, digest)
 
 
 def load_net(folder: str | os.PathLike[str]) -> nn.Module:
     """The bare net of a folder with config.json and model.safetensors, in eval mode, float32, on the CPU."""
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("activation"):
         raise ModelError(f"{folder}/config.json: expected activation null, since maps are made from logits."
                          f" Received: {config['activation']!r}. Set it to null; the weights stay as they are.")  # fmt: skip
-    net = build_net(config)
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        net = build_net(config)
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the architecture makes of a config that does not fit, or of its weights
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder}: config.json and model.safetensors do not make a net: {type(error).__name__}: {text}"
+        ) from None
     return net.float().eval()
 
 
@@ -182,13 +169,11 @@ def wrap_model(
     Raises:
         ModelError: the channels do not fit the classes, or what comes out is not finite, or is already a probability.
     """
-    if colours is None:
-        colours = np.array(default_colours(len(classes)), np.uint8)
-    return _checked(
-        Model(
-            name, module, tuple(classes), colours, _three(mean), _three(std), frame, divisor, head, fingerprint(module)
-        )
-    )
+    entries = {
+        "name": name, "classes": list(classes), "mean": list(mean), "std": list(std), "frame": frame and list(frame),
+        "divisor": divisor, "head": head, "colours": None if colours is None else np.asarray(colours).tolist(),
+    }  # fmt: skip
+    return _model(module, check_card(entries, name), fingerprint(module))
 
 
 def net_logits(model: Model, input_13HW: Tensor) -> Tensor:
@@ -258,14 +243,6 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def default_colours(C: int) -> list[list[int]]:
-    """C colours, evenly spaced in hue with two brightnesses; background (first) is dark grey where C is 2."""
-    if C == 2:
-        return [[40, 40, 40], [255, 196, 0]]
-    hues = [(k / C, 0.65, 0.95 if k % 2 else 0.7) for k in range(C)]
-    return [[round(255 * value) for value in colorsys.hsv_to_rgb(*hue)] for hue in hues]
-
-
 def fingerprint(module: nn.Module) -> str:
     """sha256 over names, shapes and bytes of the state dict: the identity of a net that has no file."""
     digest = hashlib.sha256()
@@ -275,53 +252,46 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _checked(model: Model) -> Model:
-    """The model, after one pass over noise has shown that its output is what the card promises."""
-    C, colours = len(model.classes), model.colours
-    if C < 2 or C > 256 or colours.shape != (C, 3):
-        raise ModelError(
-            f"{model.name}: expected 2 to 256 classes and a colour for each. Received: {C} classes, {len(colours)} colours"
-        )
-    side = model.divisor * max(1, -(-64 // model.divisor))
+def _model(module: nn.Module, card: dict[str, Any], sha256: str) -> Model:
+    """The model of a checked card, after one pass over noise has shown that the net gives what the card promises."""
+    frame, (red, green, blue), (red_std, green_std, blue_std) = card["frame"], card["mean"], card["std"]
+    model = Model(
+        name=card["name"],
+        module=module,
+        classes=tuple(card["classes"]),
+        colours=np.array(card["colours"], np.uint8),
+        mean=(float(red), float(green), float(blue)),
+        std=(float(red_std), float(green_std), float(blue_std)),
+        frame=(int(frame[0]), int(frame[1])) if frame else None,
+        divisor=int(card["divisor"]),
+        head=card["head"],
+        sha256=sha256,
+        card=card,
+    )
+    side = model.divisor * math.ceil(64 / model.divisor)
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.device)
-    with torch.inference_mode(), evaluating(model.module):
+    with torch.inference_mode(), evaluating(module):
         logits_CHW = net_logits(model, noise)
-    channels = logits_CHW.shape[0]
-    if channels == 1 and C == 2:
+    C, channels = len(model.classes), logits_CHW.shape[0] - (model.head == "sigmoid")
+    expected = 1 if model.head == "sigmoid" else C
+    if channels == 1 and C == 2 and model.head == "softmax":
         raise ModelError(
             f'{model.name}: the net gives 1 channel for 2 classes. If that is a sigmoid head, say head="sigmoid".'
         )
-    if channels != C:
-        raise ModelError(f"{model.name}: expected one channel for each of {C} classes. Received: {channels} channels")
-    if not torch.isfinite(logits_CHW).all():
-        raise ModelError(f"{model.name}: the net gives values that are not finite for an input of noise")
-    if logits_CHW.min() >= 0 and torch.allclose(logits_CHW.sum(0), torch.ones((), device=model.device), atol=1e-3):
+    if channels != expected or (model.head == "sigmoid" and C != 2):
         raise ModelError(
-            f"{model.name}: the net gives probabilities (they sum to 1). Expected logits: take the softmax out of it."
+            f"{model.name}: expected one channel for each of {C} classes, or head sigmoid with one channel for two."
+            f" Received: head {model.head}, {channels} channels"
         )
-    if model.head == "sigmoid" and logits_CHW[1].min() >= 0 and logits_CHW[1].max() <= 1:
+    given_CHW = logits_CHW[-channels:]  # without the zeros that stand for the background of a sigmoid head
+    if not torch.isfinite(given_CHW).all():
+        raise ModelError(f"{model.name}: the net gives values that are not finite for an input of noise")
+    if 0 <= given_CHW.min() < given_CHW.max() <= 1:
         raise ModelError(
-            f"{model.name}: the net gives probabilities (all in [0, 1]). Expected logits: take the sigmoid out of it."
+            f"{model.name}: the net gives values from 0 to 1, which are probabilities. Expected logits: take the softmax"
+            " or sigmoid out of it."
         )
     return model
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent}: no {path.name}. A model folder needs config.json and model.safetensors (save_pretrained writes"
-            " them) and card.json: name, classes, mean, std, sha256 of model.safetensors; optional: colours, frame, dropout."
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise ModelError(f"mean, std: expected three numbers, for R, G, B. Received: {list(values)}")
-    return float(values[0]), float(values[1]), float(values[2])
 
 
 def _shape(output: object) -> str:

@@ -156,12 +156,12 @@ def encode_jpeg(rgb: UInt8[np.ndarray, "H W 3"], quality: int = 90) -> bytes:
             f"rgb: expected at most {JPEG_LONGEST} pixels a side, the limit of JPEG. "
             f"Received: {rgb.shape[1]}x{rgb.shape[0]}. Shrink it first."
         )
-    return cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    return _encoded(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
 def encode_map_png16(map_HW: Float[np.ndarray, "H W"]) -> bytes:
     """16-bit grey PNG of a map in [0, 1]: each pixel is round(65535 * map). Raises ValueError as `colour_map`."""
-    return cv2.imencode(".png", np.rint(_checked(map_HW) * 65535).astype(np.uint16), PNG16_SETTINGS)[1].tobytes()
+    return _encoded(".png", np.rint(_checked(map_HW) * 65535).astype(np.uint16), PNG16_SETTINGS)
 
 
 def encode_labels_png(labels_HW: Integer[np.ndarray, "H W"], colours_C3: UInt8[np.ndarray, "C 3"]) -> bytes:
@@ -171,11 +171,21 @@ def encode_labels_png(labels_HW: Integer[np.ndarray, "H W"], colours_C3: UInt8[n
     """
     labels_HW = _checked_labels(labels_HW, len(colours_C3))
     if len(colours_C3) > 256:
-        return cv2.imencode(".png", labels_HW.astype(np.uint16), PNG16_SETTINGS)[1].tobytes()
+        return _encoded(".png", labels_HW.astype(np.uint16), PNG16_SETTINGS)
     picture, out = Image.fromarray(labels_HW.astype(np.uint8)), io.BytesIO()
     picture.putpalette(colours_C3.tobytes())
     picture.save(out, "png", compress_level=1, bits=8)
     return out.getvalue()
+
+
+def _encoded(suffix: str, picture: np.ndarray, settings: list[int]) -> bytes:
+    done, content = cv2.imencode(suffix, picture, settings)
+    if not done:
+        H, W = picture.shape[:2]
+        raise ValueError(
+            f"{suffix} cannot hold this picture: expected at most 1,000,000 pixels a side. Received: {W}x{H}."
+        )
+    return content.tobytes()
 
 
 def _checked(map_HW: np.ndarray) -> np.ndarray:

@@ -58,12 +58,12 @@ class Result:
 
 def analyse(
     model: Model,
-    image: str | os.PathLike[str] | bytes | UInt8[np.ndarray, "H W 3"],
+    image: str | os.PathLike[str] | bytes | np.ndarray,
     *,
     maps: Sequence[str] = DEFAULT_MAPS,
     scale: str | float = "auto",
 ) -> Result:
-    """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array.
+    """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array (H, W, 3) uint8.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
@@ -72,6 +72,8 @@ def analyse(
     """
     maps_.check_names(maps)
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ImageError(f"image: expected RGB of shape (H, W, 3), uint8. Received: {image.shape}, {image.dtype}.")
         photo = Photo(image, "")
     else:
         try:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LONGEST_LINE = 1 << 20
+OURS = {"run.json", "ledger.jsonl", "images.csv", "report.html", ".partial"}  # names at the top of an output folder
 
 
 class StoreError(RuntimeError):
@@ -35,6 +37,15 @@ def write_file(path: Path, content: bytes | str) -> None:
         os.replace(part, path)
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def stamp_of(path: Path) -> list[int]:
+    """Size and time of change of an input: when they move, it is done again."""
+    try:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    except OSError:
+        return [-1, -1]
 
 
 def cannot_write(path: Path, error: OSError) -> StoreError:
@@ -102,12 +113,21 @@ class Store:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(folder, final)
-            elif final.exists():  # done once, then the input changed into something that fails
-                shutil.rmtree(final)
+            else:
+                self._remove_former(line["path"])
             self._append(line | {"files": {name: len(content) for name, content in files.items()}})
             shutil.rmtree(attempt)
         except OSError as error:
             raise cannot_write(final, error) from None
+
+    def _remove_former(self, path: str) -> None:
+        """Take away what an earlier attempt wrote, and only that: below a folder named like an image lie others."""
+        for name in (self.lines.get(path) or {}).get("files") or {}:
+            (self.out / path / name).unlink(missing_ok=True)
+        try:
+            (self.out / path).rmdir()
+        except OSError:
+            pass  # it is not there, or not empty
 
     def latest(self) -> Iterator[dict[str, Any]]:
         """The last line on each image, read again from the ledger, so that long lines need not stay in memory."""
@@ -135,8 +155,10 @@ class Store:
         with open(self.out / "ledger.jsonl", "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    found = json.loads(line)
+                    found["path"], found["status"]
+                    yield found
+                except (ValueError, TypeError, KeyError):
                     raise StoreError(
                         f"{self.out}/ledger.jsonl: line {number} is damaged. Remove that line; its image is then done again."
                     ) from None
@@ -147,23 +169,30 @@ class Store:
         if not file.exists():
             write_file(file, json.dumps(settings, indent=2) + "\n")
             return
-        before = json.loads(file.read_text())
-        differing = [key for key in sorted(before.keys() | settings.keys()) if before.get(key) != settings.get(key)]
+        try:
+            before = json.loads(file.read_text())
+            keys = before.keys() | settings.keys()
+        except (ValueError, AttributeError):
+            raise StoreError(f"{file} is damaged. Give another OUT; what is done here stays as it is.") from None
+        then, now = (
+            {key: json.dumps(each.get(key)) for key in keys} for each in (before, settings)
+        )  # the order counts
+        differing = [
+            f"{key}: {then[key][:80]} then, {now[key][:80]} now" for key in sorted(keys) if then[key] != now[key]
+        ]
         if differing:
-            changes = "; ".join(
-                f"{key}: {json.dumps(before.get(key))[:80]} then, {json.dumps(settings.get(key))[:80]} now"
-                for key in differing
-            )
             raise StoreError(
-                f"{self.out} was begun with other settings ({changes}). Give the same ones to go on, or another OUT."
+                f"{self.out} was begun with other settings ({'; '.join(differing)}). Give the same ones to go on, or another OUT."
             )
 
     def _drop_torn_line(self) -> None:
         """A crash in the middle of a write leaves a line without an end; its image counts as not done."""
-        self._ledger.seek(0)
-        content = self._ledger.read()
-        if not content.endswith(b"\n"):
-            self._ledger.truncate(content.rfind(b"\n") + 1)
+        size = self._ledger.seek(0, os.SEEK_END)
+        start = max(0, size - LONGEST_LINE)
+        self._ledger.seek(start)
+        tail = self._ledger.read()
+        if not tail.endswith(b"\n"):
+            self._ledger.truncate(start + tail.rfind(b"\n") + 1)
 
     def _collect_interrupted(self) -> dict[str, int]:
         """Add a line for each attempt that a crash left over; how often each image was hit since its last end."""
@@ -194,5 +223,7 @@ def _lock_file(descriptor: int, out: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise StoreError(f"{out} is being written by another run. Wait for it, or give another OUT.") from None
+    except OSError:  # a file system without locks
+        pass

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from torch import nn
 
 import seguncert
@@ -94,7 +96,15 @@ def test_files_hold_what_analyse_says(exported, pictures, small_model):
         np.testing.assert_allclose(result.probabilities.sum(0), 1, atol=1e-5)
         assert (result.probabilities.argmax(0) == result.labels).mean() > 0.999
         np.testing.assert_allclose(result.probabilities.max(0), result.maps["confidence"], atol=1e-6)
-        assert cv2.imread(str(out / path / "labels.png"), cv2.IMREAD_GRAYSCALE) is not None
+        with Image.open(out / path / "labels.png") as labels:
+            assert labels.mode == "P" and (np.asarray(labels) == result.labels).mean() > 0.999
+            assert np.asarray(labels.getpalette()[:9]).reshape(3, 3).tolist() == model.colours.tolist()
+        overlay = cv2.imread(str(out / path / "overlay.jpg"), cv2.IMREAD_COLOR_RGB)
+        assert (
+            np.abs(overlay - result.overlay("confidence").astype(int)).mean()
+            < 4
+            < np.abs(overlay - result.overlay("entropy").astype(int)).mean()
+        )
         for name, map_HW in result.maps.items():
             stored = cv2.imread(str(out / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
             assert stored.dtype == np.uint16 and stored.shape == map_HW.shape
@@ -212,6 +222,87 @@ def _die(*_):
     os._exit(9)
 
 
+def test_a_folder_named_like_an_image_does_not_take_its_contents_along(pictures, small_model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "folder.png").mkdir(parents=True)
+    (source / "folder.png" / "x.png").write_bytes(next(pictures.rglob("*.png")).read_bytes())
+    for before in (0, 1):
+        result = export(source, out, small_model)
+        assert (result.done, result.failed, result.before) == (1, 1, before)
+        assert (out / "folder.png" / "x.png" / "labels.png").exists()
+
+
+def test_another_order_of_maps_is_another_setting(pictures, small_model, tmp_path):
+    export(pictures, tmp_path, small_model, maps=["confidence", "entropy"])
+    with pytest.raises(seguncert.StoreError, match="begun with other settings .maps: "):
+        export(pictures, tmp_path, small_model, maps=["entropy", "confidence"])
+
+
+def test_odd_names_and_places(pictures, small_model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    good = next(pictures.rglob("*.png")).read_bytes()
+    names = ["a\rb.png", ".partial/x.png", "report.html/x.png", "run.json/y.png", "fine/run.json.png"]
+    for name in names:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(good)
+    export(pictures, source / "earlier", small_model)
+    result = export(source, out, small_model)
+    assert (result.done, result.failed) == (2, 3)
+    rows = rows_of(out)
+    assert set(rows) == set(names)
+    assert rows["run.json/y.png"]["error"] == "its folder 'run.json' has the name of a file of the output; rename it"
+    for place, message in [(source, "which is IN"), (source / "a\rb.png", "which is a file")]:
+        with pytest.raises(ValueError, match=message):
+            export(source, place, small_model)
+
+
+def test_pictures_too_long_for_png_or_jpeg(small_model, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("1", (1_000_001, 1)).save(tmp_path / "in" / "longest.png")
+    Image.new("L", (70_000, 2)).save(tmp_path / "in" / "long.png")
+    result = export(tmp_path / "in", tmp_path / "out", small_model, scale=0.01)
+    assert (result.done, result.failed) == (1, 1)
+    assert (
+        "expected at most 1,000,000 pixels a side. Received: 1000001x1"
+        in rows_of(tmp_path / "out")["longest.png"]["error"]
+    )
+    with Image.open(tmp_path / "out" / "long.png" / "overlay.jpg") as overlay:
+        assert max(overlay.size) < 65_500
+
+
+def test_an_image_that_changed_while_the_run_was_stopped_is_not_in_the_table(
+    pictures, small_model, tmp_path, monkeypatch
+):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(pictures / "drive 0", source)
+    export(source, out, small_model)
+    first, second = sorted(os.listdir(source))[:2]
+    (source / first).write_bytes(b"broken")
+    (out / second / "overlay.jpg").unlink()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "_work", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, out, small_model)
+    assert set(rows_of(out)) == set(os.listdir(source)) - {first, second}
+    monkeypatch.undo()
+    assert (export(source, out, small_model).done, rows_of(out)[first]["status"]) == (11, "failed")
+
+
+def test_damaged_books_are_named(pictures, small_model, tmp_path):
+    export(pictures, tmp_path, small_model)
+    ledger = (tmp_path / "ledger.jsonl").read_text()
+    (tmp_path / "ledger.jsonl").write_text("5\n" + ledger)
+    with pytest.raises(seguncert.StoreError, match="ledger.jsonl: line 1 is damaged"):
+        export(pictures, tmp_path, small_model)
+    for content in ("{", "[]"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(seguncert.StoreError, match="run.json is damaged. Give another OUT"):
+            export(pictures, tmp_path, small_model)
+
+
 def test_a_full_disk_stops_the_run_with_one_line(pictures, small_model, tmp_path, exported):
     def refuse_files_above_20_kilobytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -238,12 +329,12 @@ def test_failures_inside_the_net_are_recorded(pictures, tmp_path):
     class Refuses(nn.Module):
         def forward(self, x):
             if x.shape[-2] == 96:
-                raise RuntimeError("out of\nmemory")
+                raise IndexError("out of\nrange")
             return x[:, :2] * 1.0
 
     result = export(pictures, tmp_path, wrap_model(Refuses(), ["a", "b"]), maps=["margin"])
     assert result.done == 12 and result.failed == 12
-    assert {row["error"] for row in rows_of(tmp_path).values()} == {"", "failed inside: RuntimeError: out of memory"}
+    assert {row["error"] for row in rows_of(tmp_path).values()} == {"", "failed inside: IndexError: out of range"}
 
 
 def test_listing_follows_links_once_and_leaves_out_the_output(tmp_path):
@@ -298,5 +389,9 @@ def test_analyse_takes_files_bytes_and_arrays(pictures, small_model):
     assert results[0].overlay("entropy").shape[1] >= results[0].rgb.shape[1] and results[0].calibration == "none"
     with pytest.raises(ImageError):
         seguncert.analyse(model, b"no picture")
+    rgb = results[0].rgb
+    for wrong in (rgb.astype(np.float32) / 255, rgb.astype(np.uint16), rgb[..., 0], rgb[..., [0, 1, 2, 0]], rgb[:0]):
+        with pytest.raises(ImageError, match=r"image: expected RGB of shape .H, W, 3., uint8. Received: "):
+            seguncert.analyse(model, wrong)
     with pytest.raises(ImageError, match="^nowhere.png: cannot open"):
         seguncert.analyse(model, "nowhere.png")

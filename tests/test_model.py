@@ -1,6 +1,7 @@
 """Loading, wrapping and the ways in which both must refuse."""
 
 import copy
+import hashlib
 import json
 import shutil
 
@@ -67,10 +68,27 @@ def test_a_missing_path_is_never_taken_for_a_hub_name():
         load_model("smp-hub/segformer")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "card.json"])
+@pytest.mark.parametrize("missing", ["config.json", "card.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, missing):
     (folder / missing).unlink()
-    with pytest.raises(ModelError, match=f"no {missing}. A model folder needs"):
+    with pytest.raises(ModelError, match=f"{missing}.* A model folder needs"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "content, message", [("{", "expected a file of JSON"), ("[]", "expected a JSON object. Received: list")]
+)
+@pytest.mark.parametrize("file", ["config.json", "card.json"])
+def test_json_that_is_none(folder, file, content, message):
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match=f"{file}: {message}"):
+        load_model(folder)
+
+
+def test_weights_that_are_none(folder):
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    change(folder / "card.json", sha256=hashlib.sha256(b"no weights").hexdigest())
+    with pytest.raises(ModelError, match="do not make a net: SafetensorError"):
         load_model(folder)
 
 
@@ -85,10 +103,25 @@ def test_changed_weights_are_refused(folder):
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"classes": ["a", "b"]}, "expected one channel for each of 2 classes. Received: 3 channels"),
-        ({"colours": [[0, 0, 0]]}, "a colour for each. Received: 3 classes, 1 colours"),
-        ({"mean": [0.5]}, "expected three numbers"),
+        ({"classes": ["a", "b"]}, "expected one channel for each of 2 classes, .* Received: head softmax, 3 channels"),
+        ({"classes": "abc"}, "card.json: classes: expected 2 to 255 different names. Received: 'abc'"),
+        ({"classes": ["a", "a", "b"]}, "2 to 255 different names"),
+        ({"classes": None}, "'classes' is missing"),
+        ({"colours": [[0, 0, 0]]}, "colours: expected 3 triples of 0 to 255. Received: .*"),
+        ({"colours": [[0, 0, 300]] * 3}, "colours: expected 3 triples of 0 to 255"),
+        ({"colours": [[0, 0, 0.5]] * 3}, "colours: expected 3 triples of 0 to 255"),
+        ({"mean": [0.5]}, "mean: expected three numbers from 0 to 1, of RGB/255. Received: .0.5."),
+        ({"mean": [123, 117, 104]}, "mean: expected three numbers from 0 to 1, of RGB/255"),
+        ({"mean": 0.5}, "mean: expected three numbers"),
+        ({"std": [0, 0, 0]}, "std: expected three numbers above 0"),
+        ({"frame": "360x480"}, r"frame: expected null, or .height, width.. Received: '360x480'"),
+        ({"frame": [0, 0]}, "frame: expected null"),
+        ({"frame": [360]}, "frame: expected null"),
+        ({"divisor": 0}, "divisor: expected a whole number from 1 to 1024. Received: 0"),
+        ({"divisor": -32}, "divisor: expected a whole number"),
         ({"head": "tanh"}, "head: expected softmax or sigmoid. Received: 'tanh'"),
+        ({"dropout": "x"}, "dropout: expected a list of"),
+        ({"dropout": [{"p": 0.1}]}, "dropout: expected a list of"),
         ({"dropout": [{"before": "head", "p": 0.1}]}, "expected a submodule's name and 0 < p < 1. Received: 'head'"),
         ({"dropout": [{"before": "segmentation_head", "p": 0.0}]}, "0 < p < 1. Received: 'segmentation_head', p = 0.0"),
     ],
@@ -112,6 +145,9 @@ def test_a_card_without_a_name_is_refused(folder):
     [
         ({"_model_class": "os.system"}, "expected _model_class one of .*Unet.* Received: 'os.system'"),
         ({"activation": "softmax"}, "expected activation null, .* Received: 'softmax'"),
+        ({"encoder_name": "resnet1"}, "config.json and model.safetensors do not make a net: KeyError"),
+        ({"decoder_channels": [16, 8, 4]}, "do not make a net: RuntimeError: .*size mismatch"),
+        ({"in_channels": 4}, "do not make a net: RuntimeError: .*size mismatch"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, entries, message):
@@ -147,7 +183,8 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     "function, message",
     [
-        (lambda x: x.softmax(1), "gives probabilities .they sum to 1.. Expected logits"),
+        (lambda x: x.softmax(1), "gives values from 0 to 1, which are probabilities. Expected logits"),
+        (lambda x: x.sigmoid(), "gives values from 0 to 1, which are probabilities. Expected logits"),
         (lambda x: x / 0, "values that are not finite"),
         (lambda x: (x, x), r"expected logits of shape \(1, C, h, w\). Received: tuple"),
         (lambda x: x.mean((2, 3)), r"Received: a tensor of shape \(1, 3\)"),
@@ -160,7 +197,7 @@ def test_outputs_that_are_not_logits_are_refused(function, message):
 
 def test_sigmoid_probabilities_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Sigmoid())
-    with pytest.raises(ModelError, match="gives probabilities .all in .0, 1.."):
+    with pytest.raises(ModelError, match="gives values from 0 to 1, which are probabilities"):
         wrap_model(net, ["back", "front"], head="sigmoid")
 
 

@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, monkeypatch):
 
 def test_another_recipe_does_not_go_on_from_the_checkpoint(data):
     run(data / "out", "--epochs", "1")
-    with pytest.raises(ValueError, match="is from another recipe. Give the same options"):
+    with pytest.raises(ValueError, match="is from another recipe or other images. Give the same"):
         run(data / "out", "--epochs", "1", "--seed", "1")
 
 
@@ -75,6 +75,20 @@ def test_a_sequence_can_be_left_out(data):
     assert "3 images to train on" in run(data / "out", "--epochs", "1", "--leave-out", "a").output
     card = json.loads((data / "out" / "card.json").read_text())
     assert card["recipe"]["leave_out"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--leave-out", "c"], "leave-out: expected some of the sequences a, b, not all. Received: c"),
+        (["--leave-out", "a", "--leave-out", "b"], "not all. Received: a, b"),
+        (["--rotate"], "rotate: expected a square crop. Received: 32x64"),
+        (["--crop", "64"], "expected two numbers with 'x' between. Received: '64'"),
+    ],
+)
+def test_options_that_would_mislead_are_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(data / "out", *options)
 
 
 def test_training_goes_on_from_a_model_folder_and_learns(data):

@@ -1,0 +1,65 @@
+"""What a batch shows when it stops: images.csv and report.html, of what the ledger says."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from seguncert import render
+from seguncert.report import render_report
+from seguncert.store import Store, stamp_of, write_file
+
+BINS = 64  # of the histograms in the ledger and the report
+GALLERY = 200  # thumbnails inside report.html; the rest is loaded from beside it
+
+
+def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]:
+    """images.csv and report.html of what the ledger says of `paths`, as far as it still holds."""
+    stamps = {path: stamp_of(source / path) for path in paths}
+    names = list(store.settings["maps"])
+    rows: dict[str, dict[str, Any]] = {}
+    histograms = {name: np.zeros(BINS, np.int64) for name in names}
+    for line in store.latest():
+        path, stamp = line["path"], stamps.get(line["path"])
+        if stamp is None or not (store.done(path, stamp) or (line["status"] == "failed" and line["input"] == stamp)):
+            continue
+        for name, counts in line.get("histogram", {}).items():
+            histograms[name] += counts
+        rows[path] = _row(line, names)
+    ordered = [rows[path] for path in paths if path in rows]
+
+    table = io.StringIO(newline="")
+    columns = ["path", "status", "error", "height", "width", "seconds", *(f"{name}_mean" for name in names), "note"]
+    plain, quoted = (
+        csv.DictWriter(table, columns, lineterminator="\n", quoting=each) for each in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
+    plain.writeheader()
+    for row in ordered:  # a bare \r would end a line, and only quoting all of a row quotes it
+        (quoted if "\r" in row["path"] else plain).writerow(row)
+    write_file(store.out / "images.csv", table.getvalue())
+
+    first, sign = names[0], 1 if store.settings["maps"][names[0]]["sure_is"] == "high" else -1
+    done = [row for row in ordered if row["status"] == "ok"]
+    gallery = sorted(done, key=lambda row: (sign * row[f"{first}_mean"], row["path"]))[:GALLERY]
+    thumbnails = {row["path"]: _thumbnail(store.out / row["path"] / "overlay.jpg") for row in gallery}
+    untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in ordered]
+    counts = {name: each.tolist() for name, each in histograms.items()}
+    write_file(store.out / "report.html", render_report(store.settings, untimed, counts, thumbnails))
+    return {"ok": len(done), "failed": len(ordered) - len(done), "left": len(paths) - len(ordered)}
+
+
+def _row(line: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    keys = ("path", "status", "error", "height", "width", "seconds")
+    means = {f"{name}_mean": round(line["mean"][name], 6) if "mean" in line else None for name in names}
+    return {key: line.get(key) for key in keys} | means | {"note": line.get("note", "")}
+
+
+def _thumbnail(file: Path) -> bytes:
+    overlay = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert overlay is not None, "the ledger says that this file is whole"
+    return render.encode_jpeg(render.thumbnail(overlay, 320), 80)
