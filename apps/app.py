@@ -81,7 +81,13 @@ def build(model: str) -> gr.Blocks:
                 shown = gr.Radio([*MAPS, CLASSES], value="confidence", label="Map")
                 go = gr.Button("Look", variant="primary")
             with gr.Column(scale=2, min_width=340):
-                picture = gr.Image(label="Where to look twice", format="jpeg", interactive=False)
+                picture = gr.Image(
+                    label="Where to look twice",
+                    format="jpeg",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    alt_text="The photo under the chosen map, with its legend below",
+                )
                 words = gr.Markdown()
         inputs, outputs = [photo, chosen, shown], [picture, words]
         go.click(look, inputs, outputs, api_name="look")

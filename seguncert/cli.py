@@ -70,6 +70,7 @@ def export(
 ) -> None:
     """Label maps, doubt maps, overlays, a table and a gallery for every image in a folder."""
     with _one_line_errors():
+        err.print(f"loading {model} …")
         from seguncert.batch import export
 
         job = partial(
@@ -91,6 +92,7 @@ def demo(
 ) -> None:
     """The bundled models on sample pictures; opens nothing, prints where to look."""
     with _one_line_errors():
+        err.print("loading the bundled models …")
         from seguncert.apps.samples import write_samples
         from seguncert.batch import export
 
