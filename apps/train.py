@@ -280,7 +280,7 @@ def train(
 
     torch.manual_seed(seed)
     config = {
-        "_model_class": architecture, "encoder_name": encoder, "encoder_depth": 5, "encoder_weights": None,
+        "_model_class": architecture, "encoder_name": encoder, "encoder_depth": len(recipe.decoder_channels), "encoder_weights": None,
         "decoder_channels": list(recipe.decoder_channels), "in_channels": 3, "classes": C,
     }  # fmt: skip
     net = build_net(config)
