@@ -91,7 +91,7 @@ def build(model: str) -> gr.Blocks:
                 words = gr.Markdown()
         inputs, outputs = [photo, chosen, shown], [picture, words]
         go.click(look, inputs, outputs, api_name="look")
-        gr.on([shown.change, chosen.change], _again, inputs, outputs, api_visibility="private")
+        gr.on([photo.upload, shown.change, chosen.change], _again, inputs, outputs, api_visibility="private")
     return page
 
 
@@ -104,4 +104,7 @@ def launch(model: str, host: str, port: int) -> None:
     page = build(model).queue(max_size=16, default_concurrency_limit=1)
     page.launch(
         server_name=host, server_port=port, share=False, max_file_size="100mb", allowed_paths=[], show_error=True,
+        quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
+    print(f"the page is at http://{host}:{port}; Ctrl-C ends it")
+    page.block_thread()

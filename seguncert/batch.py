@@ -8,6 +8,7 @@ import os
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -58,14 +59,14 @@ PIXELS = _Budget(32_000_000)  # under way at once, so that large pictures do not
 
 @dataclass(frozen=True)
 class Exported:
-    """Outcome of a batch: images done in all, of those done before, failed, not yet done, and the files passed over."""
+    """Outcome of a batch: images done in all, of those done before, failed, not yet done; other files by suffix."""
 
     out: Path
     done: int
     before: int
     failed: int
     left: int
-    passed_over: int
+    passed_over: dict[str, int]
 
 
 def export(
@@ -145,13 +146,13 @@ def export(
     return Exported(out, counts["ok"], before, counts["failed"], counts["left"], passed_over)
 
 
-def list_images(source: Path, out: Path | None = None) -> tuple[list[str], int]:
-    """Relative paths of everything under `source` with an image's suffix, sorted; how many other files there are.
+def list_images(source: Path, out: Path | None = None) -> tuple[list[str], dict[str, int]]:
+    """Relative paths of everything under `source` with an image's suffix, sorted; how many other files there are of each suffix.
 
     Links are followed, each folder once; `out` and the outputs of other exports are left out. A folder that is named
     like an image, or that may not be read, is listed too: it becomes a failed row, not a silence.
     """
-    paths, passed_over = [], 0
+    paths, passed_over = list[str](), Counter[str]()
     seen = {_identity(out)} if out is not None and out.exists() else set()
 
     def name_as_failed(error: OSError) -> None:
@@ -166,8 +167,8 @@ def list_images(source: Path, out: Path | None = None) -> tuple[list[str], int]:
         relative = Path(root).relative_to(source)
         names = files + folders
         paths += [(relative / name).as_posix() for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        passed_over += sum(Path(name).suffix.lower() not in IMAGE_SUFFIXES for name in files)
-    return sorted(set(paths)), passed_over
+        passed_over.update(Path(name).suffix.lower() for name in files)
+    return sorted(set(paths)), {suffix: n for suffix, n in sorted(passed_over.items()) if suffix not in IMAGE_SUFFIXES}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,13 +51,28 @@ ScaleOption = Annotated[str, typer.Option(help="auto (the size the model was tra
 DeviceOption = Annotated[Device, typer.Option(help="where the net runs")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("seguncert"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
+    """Where can I trust this segmentation mask?"""
+
+
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="IN", help="folder of images, with subfolders")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; an unfinished one is gone on with")],
     model: ModelOption = "street",
     maps: Annotated[
-        str, typer.Option(help="comma between; the first one is drawn over the photo")
+        str, typer.Option(help="any of confidence, entropy, margin, comma between; the first is drawn")
     ] = "confidence,entropy,margin",
     scale: ScaleOption = "auto",
     format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
@@ -68,7 +84,11 @@ def export(
         int, typer.Option(min=1, help="larger images are not decoded but named as failed")
     ] = 100_000_000,
 ) -> None:
-    """Label maps, doubt maps, overlays, a table and a gallery for every image in a folder."""
+    """Run a folder: maps, overlays, table, gallery.
+
+    Writes for every image of IN a label map, the doubt maps and an overlay, and for all of them images.csv, report.html,
+    run.json and a ledger. Stopped or failed, the same command goes on. Exit status 1: some images failed.
+    """
     with _one_line_errors():
         err.print(f"loading {model} …")
         from seguncert.batch import export
@@ -90,7 +110,10 @@ def export(
 def demo(
     out: Annotated[Path, typer.Argument(metavar="[OUT]", help="folder to write")] = Path("seguncert-demo"),
 ) -> None:
-    """The bundled models on sample pictures; opens nothing, prints where to look."""
+    """Try the bundled models on sample pictures.
+
+    Opens nothing, prints where to look.
+    """
     with _one_line_errors():
         err.print("loading the bundled models …")
         from seguncert.apps.samples import write_samples
@@ -106,7 +129,10 @@ def demo(
 
 @app.command()
 def models() -> None:
-    """The models that can be loaded by name, with classes, licence and measured quality."""
+    """List the models that can be loaded by name.
+
+    With classes, training data, licence and measured quality.
+    """
     table = Table("model", "classes", "trained on", "licence", "measured")
     for entry in sorted(resources.files("seguncert.weights").iterdir(), key=lambda entry: entry.name):
         if entry.joinpath("card.json").is_file():
@@ -124,7 +150,10 @@ def page(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: int = 7860,
 ) -> None:
-    """The page: upload a photo, see where not to trust the mask."""
+    """Serve the page for one photo.
+
+    Upload a photo, see where not to trust the mask. Nothing is sent to anywhere else.
+    """
     with _one_line_errors():
         from seguncert.apps.app import launch
 
@@ -145,7 +174,8 @@ def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:
             err.print(f"stopped; {so_far}. The same command goes on from here.")
             raise typer.Exit(STOPPED) from None
     before = f" ({result.before} done before)" if result.before else ""
-    passed = f"; {result.passed_over} files that are no images by name passed over" if result.passed_over else ""
+    others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in result.passed_over.items())
+    passed = f"; passed over, being no images by name: {others}" if others else ""
     err.print(f"{result.done} images done{before}, {result.failed} failed{passed}")
     if result.failed:
         err.print(

@@ -18,6 +18,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"}
+    # not read, but a photo nonetheless: a row that says so is better than silence
+    | {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
 )
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")

@@ -39,16 +39,16 @@ class Model:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     classes: tuple[str, ...]
-    colours: UInt8[np.ndarray, "C 3"]
+    colours: UInt8[np.ndarray, "C 3"] = field(repr=False)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     frame: tuple[int, int] | None = None
     divisor: int = 32
     head: Literal["softmax", "sigmoid"] = "softmax"
     sha256: str = ""
-    card: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -281,7 +281,7 @@ def _model(module: nn.Module, card: dict[str, Any], sha256: str) -> Model:
     if channels != expected or (model.head == "sigmoid" and C != 2):
         raise ModelError(
             f"{model.name}: expected one channel for each of {C} classes, or head sigmoid with one channel for two."
-            f" Received: head {model.head}, {channels} channels"
+            f" Received: head {model.head}, {channels} channels. Correct classes or head."
         )
     given_CHW = logits_CHW[-channels:]  # without the zeros that stand for the background of a sigmoid head
     if not torch.isfinite(given_CHW).all():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,12 +33,12 @@ class Result:
         note: what had to be done to read the photo; "" if nothing.
     """
 
-    rgb: UInt8[np.ndarray, "H W 3"]
-    labels: Int64[np.ndarray, "H W"]
-    maps: dict[str, Float[np.ndarray, "H W"]]
+    rgb: UInt8[np.ndarray, "H W 3"] = field(repr=False)
+    labels: Int64[np.ndarray, "H W"] = field(repr=False)
+    maps: dict[str, Float[np.ndarray, "H W"]] = field(repr=False)
     classes: tuple[str, ...]
-    colours: UInt8[np.ndarray, "C 3"]
-    logits: Float[torch.Tensor, "C h w"]
+    colours: UInt8[np.ndarray, "C 3"] = field(repr=False)
+    logits: Float[torch.Tensor, "C h w"] = field(repr=False)
     calibration: str = "none"
     note: str = ""
 
@@ -53,6 +53,8 @@ class Result:
 
     def overlay(self, name: str = "confidence") -> UInt8[np.ndarray, "h w 3"]:
         """The photo under one map, with its legend below: clear where sure, coloured where doubtful."""
+        if name not in self.maps:
+            raise ValueError(f"overlay: expected one of the maps {', '.join(self.maps)}. Received: {name!r}")
         return draw_overlay(self.rgb, self.maps[name], name, len(self.classes))
 
 
@@ -71,6 +73,11 @@ def analyse(
         ValueError: unknown map or scale.
     """
     maps_.check_names(maps)
+    if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
+        raise ImageError(
+            f"image: expected a path, bytes or an RGB array. Received: {type(image).__name__}."
+            " For a PIL image give numpy.asarray(image.convert('RGB'))."
+        )
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"image: expected RGB of shape (H, W, 3), uint8. Received: {image.shape}, {image.dtype}.")

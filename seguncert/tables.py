@@ -46,7 +46,7 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
     first, sign = names[0], 1 if store.settings["maps"][names[0]]["sure_is"] == "high" else -1
     done = [row for row in ordered if row["status"] == "ok"]
     gallery = sorted(done, key=lambda row: (sign * row[f"{first}_mean"], row["path"]))[:GALLERY]
-    thumbnails = {row["path"]: _thumbnail(store.out / row["path"] / "overlay.jpg") for row in gallery}
+    thumbnails = {row["path"]: _thumbnail(store.out / row["path"] / "overlay.jpg", row) for row in gallery}
     untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in ordered]
     counts = {name: each.tolist() for name, each in histograms.items()}
     write_file(store.out / "report.html", render_report(store.settings, untimed, counts, thumbnails))
@@ -59,7 +59,8 @@ def _row(line: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {key: line.get(key) for key in keys} | means | {"note": line.get("note", "")}
 
 
-def _thumbnail(file: Path) -> bytes:
+def _thumbnail(file: Path, row: dict[str, Any]) -> bytes:
+    """JPEG of the overlay without its legend."""
     overlay = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert overlay is not None, "the ledger says that this file is whole"
-    return render.encode_jpeg(render.thumbnail(overlay, 320), 80)
+    return render.encode_jpeg(render.thumbnail(overlay[: row["height"], : row["width"]], 320), 80)
