@@ -123,7 +123,7 @@ def export(
         )
     store = Store(out, _settings(source, model, maps, scale, format))
     job = _Job(source, tuple(maps), scale, format, max_pixels)
-    stopped, threads = None, torch.get_num_threads()
+    stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
         todo = [path for path in paths if not store.done(path, stamp_of(source / path))]
         before = len(paths) - len(todo)
@@ -139,7 +139,8 @@ def export(
             stopped = error
         counts = write_tables(store, source, paths)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
         store.close()
     if stopped is not None:
         raise stopped
@@ -254,6 +255,7 @@ def _work(job: _Job, model: Model, store: Store, paths: list[str], workers: int,
 
     def attempt(path: str) -> str:
         torch.set_num_threads(1)
+        cv2.setNumThreads(1)
         folder = store.begin(path)
         line, files = _process(job, model, path)
         store.finish(folder, line, files)

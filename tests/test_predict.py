@@ -21,20 +21,22 @@ def picture(height, width, seed=0):
 
 
 @pytest.mark.parametrize("size", [(24, 32), (1, 1), (7, 90), (100, 3), (48, 64), (31, 33), (24, 100), (70, 32)])
-def test_bands_equal_torch_interpolate(size):
+@pytest.mark.parametrize("at_once", [0, 1 << 24])
+def test_bands_equal_torch_interpolate(size, at_once):
     logits = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(0))
     whole = nn.functional.interpolate(logits[None].double(), size=size, mode="bilinear", align_corners=False)[0].float()
     banded = torch.empty(4, *size)
-    for rows, logits_CRW in predict.rows_at_size(logits, *size, values=4 * 64 * 3):
+    for rows, logits_CRW in predict.rows_at_size(logits, *size, values=4 * 64 * 3, whole=at_once):
         banded[:, rows] = logits_CRW
     torch.testing.assert_close(banded, whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1)])
-def test_bands_of_logits_one_pixel_thin(shape):
+@pytest.mark.parametrize("at_once", [0, 1 << 24])
+def test_bands_of_logits_one_pixel_thin(shape, at_once):
     logits = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     whole = nn.functional.interpolate(logits[None], size=(9, 11), mode="bilinear", align_corners=False)[0]
-    banded = torch.cat([band for _, band in predict.rows_at_size(logits, 9, 11, values=1)], dim=1)
+    banded = torch.cat([band for _, band in predict.rows_at_size(logits, 9, 11, values=1, whole=at_once)], dim=1)
     torch.testing.assert_close(banded, whole, atol=1e-5, rtol=0)
 
 
@@ -72,6 +74,13 @@ def test_tiles_equal_the_whole_picture(model):
     whole = predict.predict_logits(model, rgb, "native")
     tiled = predict.predict_logits(model, rgb, "native", tile=600)
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=1e-5)  # the net's field of view is far below the margin
+
+
+def test_planes_are_a_contiguous_copy():
+    logits = torch.randn(1, 5, 9, 8, generator=torch.Generator().manual_seed(0))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        cropped = logits.to(memory_format=layout)[0, :, :7, :6]
+        assert torch.equal(predict.planes(cropped), cropped) and predict.planes(cropped).is_contiguous()
 
 
 def test_pieces_cover_everything_once():
