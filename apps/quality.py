@@ -9,6 +9,7 @@ One deterministic pass per image, at the image's own size; pixels of the ignore 
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from enum import Enum
 from pathlib import Path
@@ -90,4 +91,8 @@ def _record(folder: Path, name: str, counts: Counts, net: Model) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ValueError as error:  # the user's to mend: one line
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -322,4 +323,8 @@ def _pair(text: str, separator: str, kind: type) -> tuple:
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    try:
+        typer.run(train)
+    except ValueError as error:  # the user's to mend: one line
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -119,7 +119,7 @@ def export(
     paths, passed_over = list_images(source, out)
     if not paths:
         raise ValueError(
-            f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {passed_over}"
+            f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
     store = Store(out, _settings(source, model, maps, scale, format))
     job = _Job(source, tuple(maps), scale, format, max_pixels)
