@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+from seguncert.apps.pretrained import freeze_filters, load_imagenet
 from seguncert.card import default_colours
 from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
 from seguncert.image import read_image
@@ -62,10 +63,12 @@ class Recipe:
     scale_range: tuple[float, float]
     rotate: bool
     rate: float
+    encoder_rate: float
     decay: float
     average: float
     seed: int
     init: str
+    pretrained: bool
     leave_out: tuple[str, ...]
 
 
@@ -151,11 +154,9 @@ def fit(
 ) -> torch.nn.Module:
     """Train `net` in place, a checkpoint an epoch; returns its average over updates. `check` measures an average."""
     device = next(net.parameters()).device
+    fixed = freeze_filters(net.encoder) if recipe.pretrained else []
     averaged = AveragedModel(net, avg_fn=moving_average(recipe.average), use_buffers=True)
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.rate)
+    optimiser = torch.optim.AdamW(parameter_groups(net, recipe), lr=recipe.rate)
     done, history, names = 0, [], [image.name for image, _ in pairs]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -182,11 +183,13 @@ def fit(
     for epoch in range(done, recipe.epochs):
         torch.manual_seed(recipe.seed + 1_000_003 * epoch)  # of the dropout
         net.train()
+        for module in fixed:
+            module.eval()
         losses = []
         for at in range(per_epoch):
             rate = learning_rate(epoch * per_epoch + at, recipe.epochs * per_epoch, recipe.rate)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             input_B3HW, label_BHW = next(loader)
             with half_precision(device):
                 logits_BCHW = net(input_B3HW.to(device, memory_format=torch.channels_last))
@@ -210,6 +213,16 @@ def fit(
         torch.save(state, checkpoint.with_suffix(".part"))
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
     return averaged.module
+
+
+def parameter_groups(net: torch.nn.Module, recipe: Recipe) -> list[dict]:
+    """The encoder's and the others' parameters; those with one number a channel are not drawn towards zero."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            share = recipe.encoder_rate if name.startswith("encoder.") else 1.0
+            groups.setdefault((share, recipe.decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": found, "share": share, "weight_decay": decay} for (share, decay), found in groups.items()]
 
 
 def moving_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]:
@@ -238,6 +251,7 @@ def train(
     val_labels: Path | None = None,
     leave_out: Annotated[list[str] | None, typer.Option(help="a sequence (name before _) not trained on")] = None,
     init: Annotated[Path | None, typer.Option(help="model folder whose weights to start from")] = None,
+    pretrained: Annotated[bool, typer.Option(help="start from an encoder trained on ImageNet")] = False,
     architecture: Annotated[str, typer.Option(help="of segmentation-models-pytorch")] = "Unet",
     encoder: str = "tu-regnetx_004",
     decoder_channels: str = "128,64,48,32,24",
@@ -248,6 +262,7 @@ def train(
     scale_range: Annotated[str, typer.Option(help="smallest and largest random resize")] = "0.6,1.6",
     rotate: Annotated[bool, typer.Option(help="all eight orientations, for pictures without an up")] = False,
     rate: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 2e-3,
+    encoder_rate: Annotated[float, typer.Option(help="the encoder's learning rate, as a share of the others'")] = 1.0,
     decay: Annotated[float, typer.Option(help="weight decay")] = 0.02,
     average: Annotated[float, typer.Option(help="decay per update of the weight average")] = 0.998,
     frame: Annotated[
@@ -261,8 +276,8 @@ def train(
     left_out = tuple(leave_out or ())
     recipe = Recipe(
         architecture, encoder, tuple(int(n) for n in decoder_channels.split(",")), tuple(classes.split(",")),
-        ignore_index, dropout, epochs, batch, _pair(crop, "x", int), _pair(scale_range, ",", float), rotate, rate, decay,
-        average, seed, str(init or ""), left_out,
+        ignore_index, dropout, epochs, batch, _pair(crop, "x", int), _pair(scale_range, ",", float), rotate, rate,
+        encoder_rate, decay, average, seed, str(init or ""), pretrained, left_out,
     )  # fmt: skip
     if rotate and recipe.crop[0] != recipe.crop[1]:
         raise ValueError(f"rotate: expected a square crop. Received: {crop}")
@@ -287,6 +302,8 @@ def train(
     net = build_net(config)
     if init is not None:
         net.load_state_dict(load_net(init).state_dict())
+    if pretrained:
+        load_imagenet(net.encoder, encoder)
     insert_dropout(net, "segmentation_head", dropout)
     net = net.to(pick_device("auto")).to(memory_format=torch.channels_last)
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6

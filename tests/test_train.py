@@ -103,7 +103,25 @@ def test_training_goes_on_from_a_model_folder_and_learns(data):
 
 def test_crops_are_a_function_of_seed_epoch_and_image():
     recipe = train.Recipe(
-        "Unet", "resnet18", (8,), ("a", "b"), None, 0.2, 1, 2, (64, 96), (0.5, 2.0), False, 1e-3, 0.0, 0.9, 0, "", ()
+        "Unet",
+        "resnet18",
+        (8,),
+        ("a", "b"),
+        None,
+        0.2,
+        1,
+        2,
+        (64, 96),
+        (0.5, 2.0),
+        False,
+        1e-3,
+        1.0,
+        0.0,
+        0.9,
+        0,
+        "",
+        False,
+        (),
     )
     rgb = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
     label = (rgb[..., 0] > 128).astype(np.uint8)
@@ -118,7 +136,25 @@ def test_crops_are_a_function_of_seed_epoch_and_image():
 
 def test_labels_stay_on_their_pixels_through_the_augmentation():
     recipe = train.Recipe(
-        "Unet", "resnet18", (8,), ("a", "b"), None, 0.2, 1, 2, (64, 64), (0.6, 1.8), True, 1e-3, 0.0, 0.9, 0, "", ()
+        "Unet",
+        "resnet18",
+        (8,),
+        ("a", "b"),
+        None,
+        0.2,
+        1,
+        2,
+        (64, 64),
+        (0.6, 1.8),
+        True,
+        1e-3,
+        1.0,
+        0.0,
+        0.9,
+        0,
+        "",
+        False,
+        (),
     )
     label = np.zeros((90, 120), np.uint8)
     label[20:70, 30:100] = 1
