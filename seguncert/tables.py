@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
     first, sign = names[0], 1 if store.settings["maps"][names[0]]["sure_is"] == "high" else -1
     done = [row for row in ordered if row["status"] == "ok"]
     gallery = sorted(done, key=lambda row: (sign * row[f"{first}_mean"], row["path"]))[:GALLERY]
-    thumbnails = {row["path"]: _thumbnail(store.out / row["path"] / "overlay.jpg", row) for row in gallery}
+    with ThreadPoolExecutor() as pool:  # OpenCV lets go of the interpreter lock
+        pictures = pool.map(lambda row: _thumbnail(store.out / row["path"] / "overlay.jpg", row), gallery)
+        thumbnails = {row["path"]: picture for row, picture in zip(gallery, pictures, strict=True)}
     untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in ordered]
     counts = {name: each.tolist() for name, each in histograms.items()}
     write_file(store.out / "report.html", render_report(store.settings, untimed, counts, thumbnails))
