@@ -14,7 +14,7 @@ import numpy as np
 
 from seguncert.image import ImageError
 from seguncert.legend import legend_classes
-from seguncert.maps import MAPS
+from seguncert.maps import OF_SOFTMAX
 from seguncert.model import Model, bundled_names, load_model
 from seguncert.render import fade_classes, thumbnail
 from seguncert.run import Result, analyse
@@ -78,7 +78,7 @@ def build(model: str) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 photo = gr.Image(type="filepath", image_mode=None, label="Photo", sources=["upload", "clipboard"])
                 chosen = gr.Dropdown(sorted({*bundled_names(), model}), value=model, label="Model")
-                shown = gr.Radio([*MAPS, CLASSES], value="confidence", label="Map")
+                shown = gr.Radio([*OF_SOFTMAX, CLASSES], value="confidence", label="Map")
                 go = gr.Button("Look", variant="primary")
             with gr.Column(scale=2, min_width=340):
                 picture = gr.Image(

@@ -26,8 +26,8 @@ from seguncert import maps as maps_
 from seguncert import render
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, read_image
 from seguncert.model import Model, ModelError, evaluating, load_model
-from seguncert.predict import predict_logits, scale_factor
-from seguncert.run import DEFAULT_MAPS, describe_photo, draw_overlay
+from seguncert.predict import scale_factor
+from seguncert.run import Sampler, check_settings, describe_photo, draw_overlay, make_sampler, predict_photo
 from seguncert.store import OURS, Store, stamp_of
 from seguncert.tables import BINS, write_tables
 
@@ -74,7 +74,10 @@ def export(
     out: str | os.PathLike[str],
     model: Model | str | os.PathLike[str] = "street",
     *,
-    maps: Sequence[str] = DEFAULT_MAPS,
+    method: str = "none",
+    samples: int = 20,
+    seed: int = 0,
+    maps: Sequence[str] | None = None,
     scale: str | float = "auto",
     format: str = "png16",
     workers: int | None = None,
@@ -89,6 +92,7 @@ def export(
     and is raised again.
 
     Args:
+        method, samples, seed, maps: as in `seguncert.analyse`; the same masks for every image.
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
         max_pixels: larger images are not decoded; they become a failed row.
@@ -99,7 +103,7 @@ def export(
         ValueError: a setting is wrong, or there is no image.
     """
     source, out = Path(source), Path(out)
-    maps_.check_names(maps)
+    maps = check_settings(method, maps, samples)
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
     if format == "tiff":
@@ -121,8 +125,9 @@ def export(
         raise ValueError(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
-    store = Store(out, _settings(source, model, maps, scale, format))
-    job = _Job(source, tuple(maps), scale, format, max_pixels)
+    sampler = make_sampler(model, method)
+    job = _Job(source, maps, scale, format, max_pixels, method, samples, seed)
+    store = Store(out, _settings(job, model, sampler))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
         todo = [path for path in paths if not store.done(path, stamp_of(source / path))]
@@ -131,8 +136,8 @@ def export(
         count = _counter(progress, before, len(paths))
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
-            with evaluating(model.module):
-                _work(job, model, store, [path for path in todo if path not in suspects], workers, count)
+            with sampler.ready() if sampler else evaluating(model.module):
+                _work(job, model, sampler, store, [path for path in todo if path not in suspects], workers, count)
             for path in sorted(suspects):
                 count(_try_alone(job, store, path, spec, device))
         except KeyboardInterrupt as error:
@@ -179,9 +184,12 @@ class _Job:
     scale: str | float
     format: str
     max_pixels: int
+    method: str
+    samples: int
+    seed: int
 
 
-def _process(job: _Job, model: Model, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _process(job: _Job, model: Model, sampler: Sampler | None, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Ledger line and files of one image; whatever is wrong with it becomes one line of text."""
     started = time.perf_counter()
     file, stamp = job.source / path, stamp_of(job.source / path)
@@ -196,7 +204,8 @@ def _process(job: _Job, model: Model, path: str) -> tuple[dict[str, Any], dict[s
         photo = read_image(file, max_pixels=job.max_pixels)
         H, W = photo.rgb.shape[:2]
         with PIXELS.take(H * W):
-            labels_HW, found = describe_photo(predict_logits(model, photo.rgb, job.scale), H, W, job.maps)
+            predicted = predict_photo(model, sampler, photo.rgb, job.samples, job.seed, job.scale)
+            labels_HW, found = describe_photo(*predicted, H, W, job.maps)
             files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
             for name, map_HW in found.items():
                 suffix, content = _encode(map_HW, job.format)
@@ -250,14 +259,22 @@ def _tiff_writer() -> Callable[..., None]:
     return tifffile.imwrite
 
 
-def _work(job: _Job, model: Model, store: Store, paths: list[str], workers: int, count: Callable[[str], None]) -> None:
+def _work(
+    job: _Job,
+    model: Model,
+    sampler: Sampler | None,
+    store: Store,
+    paths: list[str],
+    workers: int,
+    count: Callable[[str], None],
+) -> None:
     """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone."""
 
     def attempt(path: str) -> str:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         folder = store.begin(path)
-        line, files = _process(job, model, path)
+        line, files = _process(job, model, sampler, path)
         store.finish(folder, line, files)
         return line["status"]
 
@@ -307,29 +324,32 @@ def _process_alone(
     job: _Job, spec: str | os.PathLike[str], device: str, path: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     torch.set_num_threads(1)
-    return _process(job, load_model(spec, device), path)
+    model = load_model(spec, device)
+    return _process(job, model, make_sampler(model, job.method), path)
 
 
-def _settings(source: Path, model: Model, maps: Sequence[str], scale: str | float, format: str) -> dict[str, Any]:
+def _settings(job: _Job, model: Model, sampler: Sampler | None) -> dict[str, Any]:
     """What decides the output: the content of run.json."""
     C = len(model.classes)
+    sampling = {"samples": job.samples, "seed": job.seed, **sampler.how} if sampler else {}  # fmt: skip
     return {
         "seguncert": version("seguncert"),
-        "input": str(source.resolve()),
+        "input": str(job.source.resolve()),
         "model": {
             "name": model.name, "sha256": model.sha256, "classes": list(model.classes), "colours": model.colours.tolist(),
             "mean": list(model.mean), "std": list(model.std), "frame": model.frame and list(model.frame),
         },
-        "method": "none",
+        "method": job.method,
+        **sampling,
         "calibration": "none",
-        "scale": str(scale),
-        "format": format,
+        "scale": str(job.scale),
+        "format": job.format,
         "maps": {
             name: {
                 "title": info.title, "unit": info.unit, "full_scale": info.full_scale(C), "sure_is": info.sure_is, "about": info.about,
-                "stored": "round(65535 × map)" if format == "png16" else "float32", "range": [0.0, 1.0],
+                "stored": "round(65535 × map)" if job.format == "png16" else "float32", "range": [0.0, 1.0],
             }
-            for name in maps
+            for name in job.maps
             for info in [maps_.MAPS[name]]
         },
         "device": str(model.device),

@@ -40,6 +40,11 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Method(str, Enum):
+    none = "none"
+    mc_dropout = "mc-dropout"
+
+
 class Format(str, Enum):
     png16 = "png16"
     npy = "npy"
@@ -71,9 +76,16 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="IN", help="folder of images, with subfolders")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; an unfinished one is gone on with")],
     model: ModelOption = "street",
+    method: Annotated[Method, typer.Option(help="one pass, or many with dropout on")] = Method.none,
+    samples: Annotated[int, typer.Option(min=2, help="of mc-dropout")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
     maps: Annotated[
-        str, typer.Option(help="any of confidence, entropy, margin, comma between; the first is drawn")
-    ] = "confidence,entropy,margin",
+        str | None,
+        typer.Option(
+            help="any of confidence, entropy, margin, and with samples mutual_information, variance, expected_entropy;"
+            " comma between; the first is drawn [default: confidence,entropy and by method margin, or mutual_information,variance]"
+        ),
+    ] = None,
     scale: ScaleOption = "auto",
     format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
     workers: Annotated[
@@ -98,7 +110,10 @@ def export(
             source,
             out,
             model,
-            maps=tuple(name.strip() for name in maps.split(",")),
+            method=method.value,
+            samples=samples,
+            seed=seed,
+            maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,
             format=format.value,
         )

@@ -1,4 +1,4 @@
-"""How sure is each pixel? Confidence, margin and entropy of a softmax, each in [0, 1] by its own bound.
+"""How sure is each pixel? Maps of a softmax, and of many samples of one, each in [0, 1] by its own bound.
 
 Letters: C classes, H rows, W columns. Everything starts from logits: values whose softmax over C is the predictive
 distribution. The log of a probability vector is one such value, so pooled samples take the same path.
@@ -9,7 +9,8 @@ With z = logits − max(logits) and s = Σ exp(z), no probability is ever put th
     margin     = p₁ − p₂           = (1 − exp(z₂)) / s          p₁ ≥ p₂ the two largest
     entropy    = −Σ p ln p / ln C  = (ln s − Σ z exp(z) / s) / ln C
 
-A one-hot softmax gives s = 1 and entropy exactly 0; C equal logits give entropy 1.
+A one-hot softmax gives s = 1 and entropy exactly 0; C equal logits give entropy 1. The three maps that need samples are
+made from `Moments`: mutual information and expected entropy divided by ln C, the variance summed over classes by 1 − 1/C.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from seguncert.moments import Moments
 
 LOWEST = -200.0  # exp(−200) is 0 in float32; keeps 0 · (−inf) out of the entropy
 
@@ -36,8 +39,8 @@ class MapInfo:
     about: str
 
     def full_scale(self, C: int) -> float:
-        """The map's bound for C classes, in its unit: ln C nats for an entropy, 1 for a probability."""
-        return math.log(C) if self.unit == "nat" else 1.0
+        """The map's bound for C classes, in its unit: ln C nats, 1 − 1/C for a variance, 1 for a probability."""
+        return {"nat": math.log(C), "probability²": 1 - 1 / C}.get(self.unit, 1.0)
 
 
 MAPS: dict[str, MapInfo] = {
@@ -46,15 +49,40 @@ MAPS: dict[str, MapInfo] = {
         "Entropy", "nat", "low", "Spread of the probabilities over all classes; 0 when one class has all."
     ),
     "margin": MapInfo("Margin", "probability", "high", "Probability of the shown class minus that of the runner-up."),
+    "mutual_information": MapInfo(
+        "Mutual information",
+        "nat",
+        "low",
+        "How much the samples disagree: doubt of the model, which more data would lessen.",
+    ),
+    "variance": MapInfo(
+        "Variance of the samples",
+        "probability²",
+        "low",
+        "Variance of each class's probability over the samples, summed.",
+    ),
+    "expected_entropy": MapInfo(
+        "Expected entropy",
+        "nat",
+        "low",
+        "Entropy of the average sample: doubt that is in the picture, not in the model.",
+    ),
 }
+OF_SOFTMAX = ("confidence", "entropy", "margin")
+OF_SAMPLES = ("mutual_information", "variance", "expected_entropy")
 
 
-def check_names(names: Collection[str]) -> None:
-    """Raise ValueError unless `names` are one or more different maps of `MAPS`."""
+def check_names(names: Collection[str], sampled: bool = False) -> None:
+    """Raise ValueError unless `names` are one or more different maps, none of them of samples where there are none."""
     unknown = [name for name in names if name not in MAPS]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(
             f"maps: expected one or more of {', '.join(MAPS)}, each once. Received: {', '.join(names) or 'none'}"
+        )
+    missing = [name for name in names if name in OF_SAMPLES and not sampled]
+    if missing:
+        raise ValueError(
+            f"maps: {', '.join(missing)} describe the spread of samples, and one pass has none. Set the method to mc-dropout."
         )
 
 
@@ -88,7 +116,7 @@ def entropy(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "H W"]:
 def describe(
     logits_CHW: Float[Tensor, "C H W"], names: Collection[str]
 ) -> tuple[UInt8[Tensor, "H W"], dict[str, Float[Tensor, "H W"]]]:
-    """Labels (the first of the largest logits) and the named maps, sharing one exponential per class and pixel.
+    """Labels (the first of the largest logits) and the named maps of a softmax, sharing one exponential per class and pixel.
 
     C must be between 2 and 256. Finite logits are the caller's duty; −inf is allowed (probability 0) except for all.
     """
@@ -111,7 +139,21 @@ def describe(
             found[name] = s_HW.reciprocal()
         elif name == "margin":
             found[name] = (1 - (second_HW - first_HW).exp_()).div_(s_HW)
-        else:
+        elif name == "entropy":
             spread_HW = z_CHW.mul_(e_CHW).sum(0).div_(s_HW)
             found[name] = s_HW.log().sub_(spread_HW).div_(math.log(C)).clamp_(0, 1)
     return labels_HW, found
+
+
+def describe_spread(moments: Moments, names: Collection[str]) -> dict[str, Float[Tensor, "H W"]]:
+    """The named maps of samples."""
+    C = len(moments.mean_CHW)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name == "mutual_information":
+            found[name] = moments.mutual_information_HW() / math.log(C)
+        elif name == "variance":
+            found[name] = (moments.variance_CHW().sum(0) / (1 - 1 / C)).clamp_(0, 1)
+        elif name == "expected_entropy":
+            found[name] = (moments.entropy_HW / math.log(C)).clamp_(0, 1)
+    return found

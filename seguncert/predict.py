@@ -53,18 +53,15 @@ def predict_logits(
     Pictures larger than `tile` on a side are run in overlapping pieces, of which the middle is kept.
     Raises ModelError where the net gives a value that is not finite.
     """
-    H, W = rgb.shape[:2]
-    factor = scale_factor(model, H, W, scale)
-    h, w = max(1, round(factor * H)), max(1, round(factor * W))
-    if (h, w) != (H, W):
-        rgb = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    rgb = at_scale(model, rgb, scale)
+    h, w = rgb.shape[:2]
     with torch.inference_mode(), evaluating(model.module):
         if max(h, w) <= tile:
             logits_Chw = _run(model, rgb)
         else:
             logits_Chw = torch.empty(len(model.classes), h, w)
-            for rows, outer_rows in _pieces(h, tile, model.divisor):
-                for columns, outer_columns in _pieces(w, tile, model.divisor):
+            for rows, outer_rows in pieces(h, tile, model.divisor):
+                for columns, outer_columns in pieces(w, tile, model.divisor):
                     piece = _run(model, np.ascontiguousarray(rgb[outer_rows, outer_columns]))
                     top, left = rows.start - outer_rows.start, columns.start - outer_columns.start
                     height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -72,6 +69,16 @@ def predict_logits(
     if not torch.isfinite(logits_Chw.sum()):  # one NaN or infinity anywhere makes the sum so
         raise ModelError(f"{model.name}: the net gave values that are not finite for this picture")
     return logits_Chw
+
+
+def at_scale(model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float = "auto") -> UInt8[np.ndarray, "h w 3"]:
+    """The photo at the size at which the net sees it, before padding."""
+    H, W = rgb.shape[:2]
+    factor = scale_factor(model, H, W, scale)
+    h, w = max(1, round(factor * H)), max(1, round(factor * W))
+    if (h, w) == (H, W):
+        return rgb
+    return cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
 
 
 def rows_at_size(
@@ -111,10 +118,15 @@ def _bands(height: int, rows: int) -> Iterator[slice]:
 
 def _run(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
     h, w = rgb.shape[:2]
+    return planes(net_logits(model, net_input(model, rgb))[:, :h, :w].cpu())
+
+
+def net_input(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
+    """(1, 3, h, w) as the net wants it: padded to its divisor, normalised, on its device, channels last."""
     padded = torch.from_numpy(pad_to_divisor(rgb, model.divisor))[None].to(model.device)
     input_1HW3 = padded.float().sub_(255 * padded.new_tensor(model.mean, dtype=torch.float32))
     input_1HW3.div_(255 * padded.new_tensor(model.std, dtype=torch.float32))
-    return planes(net_logits(model, input_1HW3.permute(0, 3, 1, 2))[:, :h, :w].cpu())  # a channels_last input
+    return input_1HW3.permute(0, 3, 1, 2)
 
 
 def planes(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
@@ -126,7 +138,7 @@ def planes(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
     return torch.from_numpy(apart_CHW)
 
 
-def _pieces(length: int, tile: int, divisor: int) -> Iterator[tuple[slice, slice]]:
+def pieces(length: int, tile: int, divisor: int) -> Iterator[tuple[slice, slice]]:
     """Inner and outer ranges that cover `length`; outer ones start at multiples of the divisor."""
     margin = math.ceil(MARGIN / divisor) * divisor
     step = max(divisor, (tile - 2 * margin) // divisor * divisor)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from seguncert import maps as maps_
 from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
 from seguncert.model import Model
+from seguncert.moments import Moments
 from seguncert.predict import predict_logits, rows_at_size
 
-DEFAULT_MAPS = ("confidence", "entropy", "margin")
+DEFAULT_MAPS = {"none": ("confidence", "entropy", "margin"), "mc-dropout": ("confidence", "entropy", "mutual_information", "variance")}  # fmt: skip
 NOT_CALIBRATED = "not calibrated"
 
 
@@ -29,7 +32,9 @@ class Result:
         rgb: the photo (H, W, 3) uint8 as it was decoded.
         labels: (H, W) int64, the most probable class.
         maps: name -> (H, W) float32 in [0, 1]; see `seguncert.maps` for formulas.
+        logits: of the predictive distribution: those of one pass, at the net's scale, or ln p̄ of the samples.
         calibration: "none" while the numbers are the net's own softmax.
+        moments: of the samples, where there are any.
         note: what had to be done to read the photo; "" if nothing.
     """
 
@@ -40,6 +45,7 @@ class Result:
     colours: UInt8[np.ndarray, "C 3"] = field(repr=False)
     logits: Float[torch.Tensor, "C h w"] = field(repr=False)
     calibration: str = "none"
+    moments: Moments | None = field(default=None, repr=False)
     note: str = ""
 
     @cached_property
@@ -62,17 +68,24 @@ def analyse(
     model: Model,
     image: str | os.PathLike[str] | bytes | np.ndarray,
     *,
-    maps: Sequence[str] = DEFAULT_MAPS,
+    method: str = "none",
+    samples: int = 20,
+    seed: int = 0,
+    maps: Sequence[str] | None = None,
     scale: str | float = "auto",
 ) -> Result:
     """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array (H, W, 3) uint8.
 
+    Args:
+        method: none is one deterministic pass; mc-dropout averages `samples` passes with dropout on, drawn from `seed`.
+        maps: names of `seguncert.maps.MAPS`; None is those of `DEFAULT_MAPS` for the method.
+
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
-        ModelError: the net gave values that are not finite.
-        ValueError: unknown map or scale.
+        ModelError: the net gave values that are not finite, or has no dropout to sample.
+        ValueError: unknown method, map or scale, or fewer than two samples.
     """
-    maps_.check_names(maps)
+    maps = check_settings(method, maps, samples)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
             f"image: expected a path, bytes or an RGB array. Received: {type(image).__name__}."
@@ -87,14 +100,74 @@ def analyse(
             photo = read_image(image)
         except ImageError as error:
             raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
-    logits = predict_logits(model, photo.rgb, scale)
     H, W = photo.rgb.shape[:2]
-    labels, found = describe_photo(logits, H, W, maps)
-    return Result(photo.rgb, labels.astype(np.int64), found, model.classes, model.colours, logits, note=photo.note)
+    logits, moments = predict_photo(model, make_sampler(model, method), photo.rgb, samples, seed, scale)
+    labels, found = describe_photo(logits, moments, H, W, maps)
+    return Result(
+        photo.rgb,
+        labels.astype(np.int64),
+        found,
+        model.classes,
+        model.colours,
+        logits,
+        moments=moments,
+        note=photo.note,
+    )
+
+
+def check_settings(method: str, maps: Sequence[str] | None, samples: int) -> tuple[str, ...]:
+    """The maps to make; ValueError where a setting is wrong."""
+    if method not in DEFAULT_MAPS:
+        raise ValueError(f"method: expected one of {', '.join(DEFAULT_MAPS)}. Received: {method!r}")
+    if method != "none" and samples < 2:
+        raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
+    maps = DEFAULT_MAPS[method] if maps is None else tuple(maps)
+    maps_.check_names(maps, sampled=method != "none")
+    return maps
+
+
+class Sampler(Protocol):
+    """Draws many predictions for a photo."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """In what way, for run.json."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Within, the net is set up for sampling; for many photos in a row."""
+
+    def moments(
+        self, rgb: UInt8[np.ndarray, "H W 3"], samples: int = 20, seed: int = 0, scale: str | float = "auto"
+    ) -> Moments:
+        """Of the samples, at the photo's own size."""
+
+
+def make_sampler(model: Model, method: str) -> Sampler | None:
+    """What the method asks for; None for one pass."""
+    if method == "none":
+        return None
+    from seguncert.sampling import DropoutSampler  # brings numba: half a second that one pass need not wait for
+
+    return DropoutSampler(model)
+
+
+def predict_photo(
+    model: Model,
+    sampler: Sampler | None,
+    rgb: UInt8[np.ndarray, "H W 3"],
+    samples: int,
+    seed: int,
+    scale: str | float,
+) -> tuple[Float[torch.Tensor, "C h w"], Moments | None]:
+    """Logits of the predictive distribution, and the samples' moments where there is a sampler."""
+    if sampler is None:
+        return predict_logits(model, rgb, scale), None
+    moments = sampler.moments(rgb, samples, seed, scale)
+    return moments.log_mean_CHW(), moments
 
 
 def describe_photo(
-    logits: torch.Tensor, H: int, W: int, names: Sequence[str]
+    logits: Float[torch.Tensor, "C h w"], moments: Moments | None, H: int, W: int, names: Sequence[str]
 ) -> tuple[UInt8[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
     """Labels and maps at the photo's own size, band by band."""
     labels_HW = np.empty((H, W), np.uint8)
@@ -102,6 +175,8 @@ def describe_photo(
     with torch.inference_mode():
         for rows, logits_CRW in rows_at_size(logits, H, W):
             labels_RW, maps_RW = maps_.describe(logits_CRW, names)
+            if moments is not None:
+                maps_RW |= maps_.describe_spread(moments.rows(rows), names)
             labels_HW[rows] = labels_RW.numpy()
             for name, map_RW in maps_RW.items():
                 found[name][rows] = map_RW.numpy()

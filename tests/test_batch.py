@@ -206,7 +206,13 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
     for _ in range(batch.CRASHES):  # what three crashes on this image leave behind
         store = batch.Store(
             out,
-            batch._settings(pictures, seguncert.load_model(small_model, "auto"), batch.DEFAULT_MAPS, "auto", "png16"),
+            batch._settings(
+                batch._Job(
+                    pictures, batch.check_settings("none", None, 20), "auto", "png16", batch.MAX_PIXELS, "none", 20, 0
+                ),
+                seguncert.load_model(small_model, "auto"),
+                None,
+            ),
         )
         store.begin(victim)
         store._ledger.close()

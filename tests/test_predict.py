@@ -85,7 +85,7 @@ def test_planes_are_a_contiguous_copy():
 
 def test_pieces_cover_everything_once():
     for length in (1, 31, 600, 2047, 2049, 5000):
-        pieces = list(predict._pieces(length, 1024, 32))
+        pieces = list(predict.pieces(length, 1024, 32))
         assert [inner.start for inner, _ in pieces] == [0] + [inner.stop for inner, _ in pieces[:-1]]
         assert pieces[-1][0].stop == length
         assert all(

@@ -109,7 +109,7 @@ def measure_maps(model: Model, images: Path, rounds: int) -> None:
         started = time.perf_counter()
         output = net_logits(model, picture)
         between = time.perf_counter()
-        describe_photo(predict.planes(output[:, :h, :w]), H, W, DEFAULT_MAPS)
+        describe_photo(predict.planes(output[:, :h, :w]), None, H, W, DEFAULT_MAPS["none"])
         times["net"].append(between - started)
         times["maps"].append(time.perf_counter() - between)
     net, maps = median(times["net"]), median(times["maps"])

@@ -1,0 +1,156 @@
+"""Dropout at prediction time: which modules of a net are stochastic, and the masks they draw.
+
+The net stays in eval mode, in which dropout does nothing; while `Masks` are in force, the stochastic modules multiply by
+a mask of ours instead. So no flag moves, no batch statistic is touched, no dropout works in place on what somebody else
+holds, and torch's own random numbers are left alone: a mask is a function of (seed, sample, which call it is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seguncert.model import Model, ModelError, evaluating
+
+ALPHA = 1.7580993408473766  # minus the limit of SELU at −∞, of alpha dropout (Klambauer et al. 2017)
+CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+
+
+def stochastic_modules(net: nn.Module, drop_path: bool = False) -> dict[str, nn.Module]:
+    """Names and modules of all dropout with p > 0, of any kind; with `drop_path` also timm's stochastic depth."""
+    found: dict[str, nn.Module] = {}
+    for name, module in net.named_modules():
+        if (isinstance(module, _DropoutNd) or (drop_path and _is_drop_path(module))) and _probability(module) > 0:
+            found[name] = module
+    return found
+
+
+def _probability(module: nn.Module) -> float:
+    p: float = getattr(module, "drop_prob" if _is_drop_path(module) else "p")
+    return float(p or 0)
+
+
+def _is_drop_path(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("DropPath") and hasattr(module, "drop_prob")
+
+
+def require_dropout(model: Model, drop_path: bool = False) -> dict[str, nn.Module]:
+    """`stochastic_modules`, or a ModelError that names the choices where there are none."""
+    found = stochastic_modules(model.module, drop_path)
+    if found:
+        return found
+    idle = [name for name, module in model.module.named_modules() if isinstance(module, _DropoutNd)]
+    paths = [name for name, module in model.module.named_modules() if _is_drop_path(module) and _probability(module)]
+    hidden = functional_dropout(model)
+    places = [name for name, child in model.module.named_children() if any(True for _ in child.parameters())]
+    reasons = [
+        "it has no dropout" if not idle else f"its dropout has p = 0 ({', '.join(idle[:3])})",
+        *([f"stochastic depth is off ({', '.join(paths[:3])}); turn it on with drop_path"] if paths else []),
+        *([f"{', '.join(hidden[:3])} call dropout as a function, which cannot be switched on alone"] if hidden else []),
+    ]
+    raise ModelError(
+        f"{model.name}: mc-dropout would give the same numbers for each sample: {'; '.join(reasons)}. Put dropout in"
+        f" with insert-dropout PLACE:P (places: {', '.join(places)}), or use the method tta or ensemble."
+    )
+
+
+class Masks:
+    """Masks of some samples, drawn for a pass: one after another in the order in which the stochastic modules are called."""
+
+    def __init__(self, seed: int, samples: Sequence[int]):
+        self.seed, self.samples, self.call = seed, tuple(samples), 0
+
+    def apply(self, module: nn.Module, value_N: Tensor) -> Tensor:
+        """What `module` in training mode makes of `value_N`, for each sample: a batch of one becomes one of all samples."""
+        noise_N, shift_N = self.draw(module, value_N)
+        value_N = value_N * noise_N
+        return value_N if shift_N is None else value_N + shift_N
+
+    def draw(self, module: nn.Module, value_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Factor and, for the alpha kinds, summand."""
+        p = _probability(module)
+        shape: tuple[int, ...]
+        if _is_drop_path(module):
+            shape = (1,) * value_N.ndim
+        elif isinstance(module, CHANNELWISE):
+            shape = (1, value_N.shape[1], *(1,) * (value_N.ndim - 2))
+        else:
+            shape = (1, *value_N.shape[1:])
+        each = []
+        for sample in self.samples:
+            state = np.random.SeedSequence([self.seed, sample, self.call]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(state) >> 1)
+            each.append(torch.empty(shape).bernoulli_(1 - p, generator=generator))
+        self.call += 1
+        noise_N = torch.cat(each).to(value_N.device, value_N.dtype)
+        if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
+            scale = 1 / math.sqrt((ALPHA**2 * p + 1) * (1 - p)) if p < 1 else 0.0
+            return noise_N * scale, (noise_N - 1) * (ALPHA * scale) + ALPHA * scale * p
+        if p < 1 and getattr(module, "scale_by_keep", True):
+            noise_N = noise_N.div_(1 - p)
+        return noise_N, None
+
+
+RANDOM = ("bernoulli", "rand", "dropout", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric")
+
+
+class _Watch(TorchDispatchMode):
+    """Calls `seen` at each random operator."""
+
+    def __init__(self, seen: Callable[[], None]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if any(word in name for word in RANDOM):
+            self.seen()
+        return function(*args, **(kwargs or {}))
+
+
+def functional_dropout(model: Model) -> list[str]:
+    """Modules that draw random numbers by themselves in training mode, as `torch.nn.functional.dropout` does.
+
+    Found by watching the operators of one pass over noise, with all but normalisation and known dropout in training
+    mode. Flags, buffers and torch's random state are as before afterwards.
+    """
+    net, probe, found, stack = model.module, probe_input(model), list[str](), list[str]()
+    known = {id(m) for m in net.modules() if isinstance(m, (_DropoutNd, _NormBase))}
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    training = [module for module in net.modules() if module.training]
+    with torch.random.fork_rng(), torch.no_grad(), evaluating(net):
+        hooks = []
+        for name, module in net.named_modules():
+            hooks += [
+                module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)),
+                module.register_forward_hook(lambda *_: (stack.pop(), None)[1]),
+            ]
+            module.training = id(module) not in known
+        try:
+            with _Watch(lambda: found.append(stack[-1] or type(net).__name__)):
+                net(probe)
+        except Exception:  # some nets ask for labels in training mode; then nothing is known
+            found.clear()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in net.modules():
+                module.training = False
+            with torch.no_grad():
+                for name, value in net.named_buffers():
+                    value.copy_(buffers[name])
+    assert training == [module for module in net.modules() if module.training]
+    return list(dict.fromkeys(found))
+
+
+def probe_input(model: Model) -> Tensor:
+    """Noise of a few dozen pixels, which any net of this divisor takes."""
+    side = model.divisor * math.ceil(64 / model.divisor)
+    return torch.randn(1, 3, side, side + model.divisor, generator=torch.Generator().manual_seed(0)).to(model.device)

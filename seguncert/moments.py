@@ -1,0 +1,90 @@
+"""What many softmax samples of one picture come to: their mean, their spread, and the mean of their entropies.
+
+Letters: S samples, C classes, H rows, W columns. Samples are drawn, added and forgotten; memory does not grow with their
+number. With p_s the softmax of sample s and H[p] = −Σ p ln p in nats (Gal, Islam, Ghahramani 2017; Kendall, Gal 2017):
+
+    mean                p̄ = (1/S) Σ_s p_s                  the predictive distribution
+    predictive entropy  H[p̄]                               all of the doubt
+    expected entropy    (1/S) Σ_s H[p_s]                   the part that is there in each sample: of the data
+    mutual information  H[p̄] − (1/S) Σ_s H[p_s]            the part on which samples disagree: of the model
+    variance            (1/S) Σ_s (p_s − p̄)²               per class; summed over classes at most 1 − 1/C
+
+Sums of p² and squares of sums would lose small variances in float32; what is kept instead is the sum of squared
+deviations from the mean, which merges exactly (Chan, Golub, LeVeque 1983).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over `n` samples for each of C classes at H × W pixels, float32.
+
+    `mean_CHW` is p̄, `squares_CHW` the sum of (p − p̄)², `entropy_HW` the mean of H[p] in nats.
+    """
+
+    mean_CHW: Float[Tensor, "C H W"]
+    squares_CHW: Float[Tensor, "C H W"]
+    entropy_HW: Float[Tensor, "H W"]
+    n: int = 0
+
+    @classmethod
+    def empty(cls, C: int, H: int, W: int) -> Moments:
+        """Moments of no sample."""
+        return cls(torch.zeros(C, H, W), torch.zeros(C, H, W), torch.zeros(H, W))
+
+    def update(self, logits_SCHW: Float[Tensor, "S C H W"]) -> None:
+        """Add samples. This is the plain reference; `seguncert.fused` does the same in one pass through the cache.
+
+        >>> moments = Moments.empty(2, 1, 1)
+        >>> moments.update(torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).view(2, 2, 1, 1))
+        >>> [round(value, 4) for value in (moments.mean_CHW[0].item(), moments.variance_CHW()[0].item())]
+        [0.7, 0.04]
+        """
+        for logits_CHW in logits_SCHW:
+            log_CHW = logits_CHW.log_softmax(0)
+            probs_CHW = log_CHW.exp()
+            surprise_CHW = torch.where(probs_CHW > 0, -log_CHW, 0)
+            self._add(probs_CHW, torch.zeros_like(probs_CHW), (probs_CHW * surprise_CHW).sum(0), 1)
+
+    def merge(self, other: Moments) -> None:
+        """Add the samples of another."""
+        self._add(other.mean_CHW, other.squares_CHW, other.entropy_HW, other.n)
+
+    def _add(self, mean_CHW: Tensor, squares_CHW: Tensor, entropy_HW: Tensor, n: int) -> None:
+        if n == 0:
+            return
+        total = self.n + n
+        delta_CHW = mean_CHW - self.mean_CHW
+        self.squares_CHW += squares_CHW
+        self.squares_CHW.addcmul_(delta_CHW, delta_CHW, value=self.n * n / total)
+        self.mean_CHW.add_(delta_CHW, alpha=n / total)
+        self.entropy_HW.add_(entropy_HW - self.entropy_HW, alpha=n / total)
+        self.n = total
+
+    def rows(self, rows: slice) -> Moments:
+        """A view of some rows."""
+        return Moments(self.mean_CHW[:, rows], self.squares_CHW[:, rows], self.entropy_HW[rows], self.n)
+
+    def log_mean_CHW(self) -> Float[Tensor, "C H W"]:
+        """ln p̄: logits whose softmax is the mean of the samples; −inf where no sample gave the class anything."""
+        return self.mean_CHW.log()
+
+    def predictive_entropy_HW(self) -> Float[Tensor, "H W"]:
+        """H[p̄] in nats, in [0, ln C]."""
+        return -torch.xlogy(self.mean_CHW, self.mean_CHW).sum(0)
+
+    def mutual_information_HW(self) -> Float[Tensor, "H W"]:
+        """H[p̄] − mean H[p] in nats, in [0, ln C]; rounding is kept from making it negative."""
+        return (self.predictive_entropy_HW() - self.entropy_HW).clamp_(0, math.log(len(self.mean_CHW)))
+
+    def variance_CHW(self) -> Float[Tensor, "C H W"]:
+        """Variance of each class's probability over the samples, divided by their number: in [0, 1/4]."""
+        return self.squares_CHW / max(self.n, 1)
