@@ -286,7 +286,8 @@ def _model(module: nn.Module, card: dict[str, Any], sha256: str) -> Model:
     given_CHW = logits_CHW[-channels:]  # without the zeros that stand for the background of a sigmoid head
     if not torch.isfinite(given_CHW).all():
         raise ModelError(f"{model.name}: the net gives values that are not finite for an input of noise")
-    if 0 <= given_CHW.min() < given_CHW.max() <= 1:
+    sums_to_one = C > 1 and bool((given_CHW.sum(0) - 1).abs().max() < 1e-3)
+    if 0 <= given_CHW.min() < given_CHW.max() <= 1 and (sums_to_one or given_CHW.max() > 0.4):
         raise ModelError(
             f"{model.name}: the net gives values from 0 to 1, which are probabilities. Expected logits: take the softmax"
             " or sigmoid out of it."

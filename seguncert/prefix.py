@@ -246,7 +246,7 @@ def make_plan(model: Model, stochastic: set[str]) -> Plan:
         tracer = _Tracer(stochastic, Masks(0, [0]))
         with in_session(tracer), tracer:
             logits = net_logits(model, probe)
-    if not tracer.draws:
+    if _storage(logits) not in tracer.touched:
         raise ModelError(
             f"{model.name}: its dropout ({', '.join(sorted(stochastic)[:3])}) is not on the way to its logits"
         )

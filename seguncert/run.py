@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -126,6 +126,7 @@ def check_settings(method: str, maps: Sequence[str] | None, samples: int) -> tup
     return maps
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws many predictions for a photo."""
 

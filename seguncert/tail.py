@@ -22,7 +22,14 @@ from seguncert.fused import positions
 from seguncert.model import Model
 from seguncert.prefix import Plan
 
-PASSED_ON = ("select", "slice", "zeros_like", "cat", "alias")  # what may follow the logits: of one picture of a batch
+PASSED_ON = (
+    "select",
+    "slice",
+    "zeros_like",
+    "cat",
+    "alias",
+    "detach",
+)  # what may follow the logits: of one picture of a batch
 
 
 @dataclass(frozen=True)

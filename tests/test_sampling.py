@@ -1,0 +1,179 @@
+"""MC dropout on a photo: the linear tail, shared passes and full passes agree; tiles do not show; nothing is silent."""
+
+import cv2
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+
+import seguncert
+from seguncert.dropout import Masks
+from seguncert.model import ModelError, insert_dropout, net_logits, wrap_model
+from seguncert.moments import Moments
+from seguncert.predict import net_input
+from seguncert.prefix import Session, in_session
+from seguncert.sampling import DropoutSampler
+
+
+def unet(dropout="segmentation_head", classes=3):
+    torch.manual_seed(0)
+    net = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), classes=classes)
+    if dropout:
+        insert_dropout(net, dropout, 0.3)
+    return net.eval()
+
+
+def fpn():
+    torch.manual_seed(0)
+    return smp.FPN("resnet18", encoder_weights=None, classes=3).eval()
+
+
+def wrap(net, C=3, **more):
+    return wrap_model(net, [str(c) for c in range(C)], name="net", **more)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (109, 70), interpolation=cv2.INTER_CUBIC)
+
+
+def full_passes(sampler, rgb, samples, seed):
+    """The plain way: T whole passes, resized by torch, summed by `Moments.update`."""
+    H, W = rgb.shape[:2]
+    model, session, moments = sampler.model, Session(sampler.plan), Moments.empty(len(sampler.model.classes), H, W)
+    with torch.inference_mode(), sampler.ready():
+        for sample in range(samples):
+            session.begin(Masks(seed, [sample]), full=True)
+            with in_session(session):
+                moments.update(net_logits(model, net_input(model, rgb))[None, :, :H, :W])
+    return moments
+
+
+def assert_same(one, other, tolerance):
+    assert one.n == other.n
+    for field in ("mean_CHW", "squares_CHW", "entropy_HW"):
+        scale = other.n if field == "squares_CHW" else 1
+        torch.testing.assert_close(getattr(one, field), getattr(other, field), atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "net, linear",
+    [
+        (lambda: unet(), True),
+        (fpn, True),
+        (lambda: unet("decoder.blocks.2"), False),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=2, dilation=2), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 5, padding=2, bias=False)), True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 3, padding=(2, 1), dilation=(2, 1))), True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout(0.4), nn.Conv2d(6, 3, 1)), False),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), False),
+    ],
+)  # fmt: skip
+def test_the_moments_of_full_passes(net, linear, photo):
+    torch.manual_seed(1)
+    sampler = DropoutSampler(wrap(net().eval()))
+    assert bool(sampler.tail) == linear, sampler.how
+    expected = full_passes(sampler, photo, 20, seed=4)
+    assert expected.variance_CHW().max() > 1e-4
+    assert_same(sampler.moments(photo, 20, seed=4), expected, 1e-5)
+    sampler.tail = None
+    assert_same(sampler.moments(photo, 20, seed=4), expected, 2e-6)
+
+
+def test_a_sigmoid_head_becomes_two_classes(photo):
+    sampler = DropoutSampler(wrap(unet(classes=1), 2, head="sigmoid"))
+    expected = full_passes(sampler, photo, 6, seed=0)
+    assert sampler.tail and expected.mean_CHW.shape[0] == 2
+    assert_same(sampler.moments(photo, 6), expected, 1e-5)
+
+
+@pytest.mark.parametrize("net", [unet, fpn, lambda: unet("decoder.blocks.2")])
+def test_a_photo_that_is_resized_for_the_net(net, photo):
+    model = wrap(net())
+    big = cv2.resize(photo, (218, 140), interpolation=cv2.INTER_LINEAR)
+    sampler = DropoutSampler(model)
+    moments = sampler.moments(big, 5, scale=0.5)
+    sampler.tail = None
+    assert_same(moments, sampler.moments(big, 5, scale=0.5), 1e-5)
+    assert moments.mean_CHW.shape == (3, 140, 218)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_do_not_depend_on_threads(threads, photo):
+    sampler, before = DropoutSampler(wrap(unet())), torch.get_num_threads()
+    big = cv2.resize(photo, (640, 480))
+    try:
+        found = []
+        for count in (1, threads):
+            torch.set_num_threads(1)
+            with torch.inference_mode():
+                sampler.model.module(torch.zeros(1, 3, 64, 64))
+            torch.set_num_threads(count)
+            found.append(sampler.moments(big, 4))
+    finally:
+        torch.set_num_threads(before)
+    if threads == 1:
+        assert all(torch.equal(getattr(found[0], f), getattr(found[1], f)) for f in ("mean_CHW", "squares_CHW"))
+    assert_same(*found, 1e-5)  # the net itself may sum in another order
+
+
+def test_samples_beyond_a_chunk_and_another_seed(photo):
+    sampler = DropoutSampler(wrap(unet()))
+    many, other = sampler.moments(photo, 70, seed=1), sampler.moments(photo, 70, seed=2)
+    assert_same(many, full_passes(sampler, photo, 70, seed=1), 1e-5)
+    assert not torch.equal(many.mean_CHW, other.mean_CHW)
+    assert (many.mean_CHW - other.mean_CHW).abs().mean() < (many.variance_CHW().sqrt() / np.sqrt(70)).mean() * 4
+
+
+def test_pieces_do_not_show(photo):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 3, padding=1))
+    big = cv2.resize(photo, (1300, 900), interpolation=cv2.INTER_CUBIC)
+    sampler = DropoutSampler(wrap(net.eval()))
+    whole, cut = sampler.moments(big, 4), sampler.moments(big, 4, tile=700)
+    assert_same(cut, whole, 1e-5)
+    sampler.tail = None
+    assert_same(sampler.moments(big, 4, tile=700), whole, 1e-5)
+
+
+def test_one_sample_has_no_spread_and_is_refused(photo):
+    with pytest.raises(ValueError, match="samples: expected at least 2, since a spread is asked for. Received: 1"):
+        DropoutSampler(wrap(unet())).moments(photo, 1)
+
+
+def test_values_that_are_not_finite_are_an_error(photo):
+    sampler = DropoutSampler(wrap(unet()))
+    sampler.model.module.encoder.conv1.weight.data[1] = torch.nan
+    with pytest.raises(ModelError, match="the net gave values that are not finite for this picture"):
+        sampler.moments(photo, 2)
+
+
+def test_analyse_with_samples(photo):
+    model = wrap(unet())
+    result = seguncert.analyse(model, photo, method="mc-dropout", samples=30, seed=3)
+    assert list(result.maps) == ["confidence", "entropy", "mutual_information", "variance"]
+    np.testing.assert_allclose(result.probabilities, result.moments.mean_CHW, atol=1e-6)
+    np.testing.assert_allclose(result.maps["confidence"], result.probabilities.max(0), atol=1e-6)
+    np.testing.assert_array_equal(result.labels, result.probabilities.argmax(0))
+    assert result.maps["mutual_information"].max() > 1e-3
+    again = seguncert.analyse(model, photo, method="mc-dropout", samples=30, seed=3)
+    assert all(np.array_equal(result.maps[name], again.maps[name]) for name in result.maps)
+
+
+def test_a_net_without_dropout_is_an_error_that_names_the_choices(photo):
+    with pytest.raises(ModelError, match="it has no dropout. Put dropout in with insert-dropout PLACE:P"):
+        seguncert.analyse(wrap(unet(None)), photo, method="mc-dropout")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "dropout"}, "method: expected one of none, mc-dropout. Received: 'dropout'"),
+        ({"method": "mc-dropout", "samples": 1}, "samples: expected at least 2"),
+        ({"maps": ["variance"]}, "maps: variance describe the spread of samples"),
+    ],
+)
+def test_wrong_settings(settings, message, photo):
+    with pytest.raises(ValueError, match=message):
+        seguncert.analyse(wrap(unet()), photo, **settings)
