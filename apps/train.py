@@ -38,9 +38,9 @@ from seguncert.model import (
     IMAGENET_STD,
     Model,
     build_net,
-    insert_dropout,
     load_net,
     pick_device,
+    put_dropout,
     save_model,
 )
 
@@ -304,7 +304,7 @@ def train(
         net.load_state_dict(load_net(init).state_dict())
     if pretrained:
         load_imagenet(net.encoder, encoder)
-    insert_dropout(net, "segmentation_head", dropout)
+    put_dropout(net, "segmentation_head", dropout)
     net = net.to(pick_device("auto")).to(memory_format=torch.channels_last)
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     console.print(

@@ -9,7 +9,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -77,6 +77,7 @@ def export(
     method: str = "none",
     samples: int = 20,
     seed: int = 0,
+    insert_dropout: Mapping[str, float] | None = None,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
     format: str = "png16",
@@ -93,6 +94,7 @@ def export(
 
     Args:
         method, samples, seed, maps: as in `seguncert.analyse`; the same masks for every image.
+        insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
         max_pixels: larger images are not decoded; they become a failed row.
@@ -117,8 +119,12 @@ def export(
             f"OUT: expected a new folder or one of an earlier run. Received: {out}, which is {'IN' if out.is_dir() else 'a file'}"
         )
     workers = workers or min(_cores(), 16)
+    if insert_dropout and (isinstance(model, Model) or method != "mc-dropout"):
+        raise ValueError(
+            "insert-dropout: expected the method mc-dropout, and a model's name or folder. Received: something else"
+        )
     spec = None if isinstance(model, Model) else model
-    model = model if isinstance(model, Model) else load_model(model, device)
+    model = model if isinstance(model, Model) else load_model(model, device, insert_dropout)
     scale_factor(model, 1, 1, scale)
     paths, passed_over = list_images(source, out)
     if not paths:
@@ -126,7 +132,7 @@ def export(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
     sampler = make_sampler(model, method)
-    job = _Job(source, maps, scale, format, max_pixels, method, samples, seed)
+    job = _Job(source, maps, scale, format, max_pixels, method, samples, seed, dict(insert_dropout or {}))
     store = Store(out, _settings(job, model, sampler))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
@@ -187,6 +193,7 @@ class _Job:
     method: str
     samples: int
     seed: int
+    insert_dropout: dict[str, float]
 
 
 def _process(job: _Job, model: Model, sampler: Sampler | None, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -324,14 +331,16 @@ def _process_alone(
     job: _Job, spec: str | os.PathLike[str], device: str, path: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     torch.set_num_threads(1)
-    model = load_model(spec, device)
+    model = load_model(spec, device, job.insert_dropout)
     return _process(job, model, make_sampler(model, job.method), path)
 
 
 def _settings(job: _Job, model: Model, sampler: Sampler | None) -> dict[str, Any]:
     """What decides the output: the content of run.json."""
     C = len(model.classes)
-    sampling = {"samples": job.samples, "seed": job.seed, **sampler.how} if sampler else {}  # fmt: skip
+    sampling: dict[str, Any] = {}
+    if sampler:
+        sampling = {"samples": job.samples, "seed": job.seed, "inserted_dropout": job.insert_dropout, **sampler.how}
     return {
         "seguncert": version("seguncert"),
         "input": str(job.source.resolve()),

@@ -79,6 +79,13 @@ def export(
     method: Annotated[Method, typer.Option(help="one pass, or many with dropout on")] = Method.none,
     samples: Annotated[int, typer.Option(min=2, help="of mc-dropout")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
+    insert_dropout: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLACE:P",
+            help="channel dropout before a submodule of a net that has none, e.g. segmentation_head:0.2",
+        ),
+    ] = None,
     maps: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +120,7 @@ def export(
             method=method.value,
             samples=samples,
             seed=seed,
+            insert_dropout=dict(map(_place, insert_dropout or [])),
             maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,
             format=format.value,
@@ -173,6 +181,14 @@ def page(
         from seguncert.apps.app import launch
 
         launch(model, host, port)
+
+
+def _place(text: str) -> tuple[str, float]:
+    place, _, p = text.rpartition(":")
+    try:
+        return place, float(p)
+    except ValueError:
+        raise ValueError(f"insert-dropout: expected PLACE:P, as segmentation_head:0.2. Received: {text!r}") from None
 
 
 def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -67,9 +67,13 @@ def bundled_folder(name: str) -> Path:
     return Path(str(resources.files("seguncert.weights"))) / name
 
 
-def load_model(name: str | os.PathLike[str], device: str = "auto") -> Model:
+def load_model(
+    name: str | os.PathLike[str], device: str = "auto", insert_dropout: Mapping[str, float] | None = None
+) -> Model:
     """Load a bundled model by name or a model folder by path.
 
+    `insert_dropout` puts channel dropout in front of named submodules, {"decoder.blocks.3": 0.2}, for MC dropout on a
+    net that has none or too little. It was not trained with it, which the spread of its samples should be read with.
     A name that is neither is an error: it is never taken for a name on a model hub. `device` is auto, cpu or cuda.
     The sha256 of the weights must be the one in the card.
     """
@@ -92,8 +96,10 @@ def load_model(name: str | os.PathLike[str], device: str = "auto") -> Model:
             f" Expected sha256 {card.get('sha256')}. Received: {digest}. Copy the folder again, or correct the card."
         )
     net = load_net(folder)
+    inserted = [{"before": place, "p": p, "inserted": "after training"} for place, p in (insert_dropout or {}).items()]
+    card = card | {"dropout": card["dropout"] + inserted}
     for dropout in card["dropout"]:
-        insert_dropout(net, dropout["before"], dropout["p"])
+        put_dropout(net, dropout["before"], dropout["p"])
     return _model(net.to(pick_device(device)).to(memory_format=torch.channels_last), card, digest)
 
 
@@ -220,7 +226,7 @@ class _ApplyFirst:
         return (self.module(inputs[0]), *inputs[1:])
 
 
-def insert_dropout(net: nn.Module, before: str, p: float) -> None:
+def put_dropout(net: nn.Module, before: str, p: float) -> None:
     """Put channel dropout in front of the submodule named `before`; the net's state dict stays as it is."""
     names = dict(net.named_modules())
     if before not in names or not 0 < p < 1:

@@ -208,7 +208,15 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
             out,
             batch._settings(
                 batch._Job(
-                    pictures, batch.check_settings("none", None, 20), "auto", "png16", batch.MAX_PIXELS, "none", 20, 0
+                    pictures,
+                    batch.check_settings("none", None, 20),
+                    "auto",
+                    "png16",
+                    batch.MAX_PIXELS,
+                    "none",
+                    20,
+                    0,
+                    {},
                 ),
                 seguncert.load_model(small_model, "auto"),
                 None,
@@ -358,7 +366,7 @@ def test_listing_follows_links_once_and_leaves_out_the_output(tmp_path):
         (["IN", "OUT", "--model", "nosuch"], "no model 'nosuch': expected a bundled model"),
         (
             ["IN", "OUT", "--maps", "entropy,doubt"],
-            "expected one or more of confidence, entropy, margin, each once. Received: entropy, doubt",
+            "mutual_information, variance, expected_entropy, each once. Received: entropy, doubt",
         ),
         (["IN", "OUT", "--scale", "big"], "scale: expected auto, native or a factor"),
         (["nowhere", "OUT"], "IN: expected a folder of images. Received: nowhere, which is not there"),
@@ -401,3 +409,34 @@ def test_analyse_takes_files_bytes_and_arrays(pictures, small_model):
             seguncert.analyse(model, wrong)
     with pytest.raises(ImageError, match="^nowhere.png: cannot open"):
         seguncert.analyse(model, "nowhere.png")
+
+
+def test_samples_of_a_net_with_dropout_put_in(pictures, small_model, tmp_path):
+    settings = {"method": "mc-dropout", "samples": 6, "seed": 2, "insert_dropout": {"segmentation_head": 0.3}}
+    for workers in (1, 3):
+        batch.export(pictures, tmp_path / str(workers), small_model, workers=workers, device="cpu", **settings)
+    run = json.loads((tmp_path / "1" / "run.json").read_text())
+    assert (run["method"], run["samples"], run["seed"]) == ("mc-dropout", 6, 2)
+    assert run["stochastic"] == ["dropout_before_segmentation_head"]
+    assert run["inserted_dropout"] == {"segmentation_head": 0.3}
+    assert run["maps"]["variance"]["full_scale"] == pytest.approx(2 / 3)
+    assert "variance_mean" in next(iter(rows_of(tmp_path / "1").values()))
+    model = seguncert.load_model(small_model, "cpu", insert_dropout={"segmentation_head": 0.3})
+    for path in list(rows_of(tmp_path / "1"))[::9]:
+        result = seguncert.analyse(model, pictures / path, method="mc-dropout", samples=6, seed=2)
+        for name, map_HW in result.maps.items():
+            stored = (tmp_path / "1" / path / f"{name}.png").read_bytes()
+            assert stored == (tmp_path / "3" / path / f"{name}.png").read_bytes()
+            read = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_UNCHANGED)
+            assert np.abs(read / 65535 - map_HW).max() <= 1 / 65535
+        assert result.maps["variance"].max() > 0.001
+    with pytest.raises(seguncert.StoreError, match="seed"):
+        batch.export(pictures, tmp_path / "1", small_model, device="cpu", **settings | {"seed": 3})
+
+
+def test_a_net_without_dropout_is_one_line(pictures, small_model, tmp_path):
+    arguments = command("export", pictures, tmp_path / "out", "--model", small_model)
+    run = subprocess.run([*arguments, "--method", "mc-dropout"], capture_output=True, text=True)
+    assert run.returncode == 2 and "it has no dropout. Put dropout in with insert-dropout PLACE:P" in run.stderr
+    run = subprocess.run([*arguments, "--insert-dropout", "decoder"], capture_output=True, text=True)
+    assert run.returncode == 2 and "insert-dropout: expected PLACE:P, as segm" in run.stderr

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from seguncert.dropout import Masks, functional_dropout, require_dropout, stochastic_modules
-from seguncert.model import ModelError, insert_dropout, wrap_model
+from seguncert.model import ModelError, put_dropout, wrap_model
 
 KINDS = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
 
@@ -144,5 +144,5 @@ def test_looking_for_functional_dropout_leaves_the_net_as_it_was():
 def test_inserted_dropout_is_found():
     net = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), classes=3)
     assert not stochastic_modules(net)
-    insert_dropout(net, "segmentation_head", 0.2)
+    put_dropout(net, "segmentation_head", 0.2)
     assert list(stochastic_modules(net)) == ["dropout_before_segmentation_head"]

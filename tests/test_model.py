@@ -16,10 +16,10 @@ from seguncert.model import (
     bundled_folder,
     bundled_names,
     evaluating,
-    insert_dropout,
     load_model,
     load_net,
     net_logits,
+    put_dropout,
     wrap_model,
 )
 
@@ -225,7 +225,7 @@ def test_inserted_dropout_acts_in_training_only_and_survives_a_copy():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
     keys = list(net.state_dict())
-    insert_dropout(net, "1", 0.5)
+    put_dropout(net, "1", 0.5)
     assert list(net.state_dict()) == keys
     twin, picture = copy.deepcopy(net), torch.rand(1, 3, 8, 8)
     for each in (net, twin):

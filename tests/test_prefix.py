@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from seguncert.dropout import Masks, require_dropout
-from seguncert.model import ModelError, evaluating, insert_dropout, net_logits, wrap_model
+from seguncert.model import ModelError, evaluating, net_logits, put_dropout, wrap_model
 from seguncert.prefix import Session, in_session, intercepting, make_plan
 
 
@@ -84,8 +84,8 @@ class Shared(nn.Module):
 
 def unet():
     net = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), classes=3)
-    insert_dropout(net, "decoder.blocks.1", 0.3)
-    insert_dropout(net, "segmentation_head", 0.2)
+    put_dropout(net, "decoder.blocks.1", 0.3)
+    put_dropout(net, "segmentation_head", 0.2)
     return net
 
 

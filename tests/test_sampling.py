@@ -9,7 +9,7 @@ from torch import nn
 
 import seguncert
 from seguncert.dropout import Masks
-from seguncert.model import ModelError, insert_dropout, net_logits, wrap_model
+from seguncert.model import ModelError, net_logits, put_dropout, wrap_model
 from seguncert.moments import Moments
 from seguncert.predict import net_input
 from seguncert.prefix import Session, in_session
@@ -20,7 +20,7 @@ def unet(dropout="segmentation_head", classes=3):
     torch.manual_seed(0)
     net = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), classes=classes)
     if dropout:
-        insert_dropout(net, dropout, 0.3)
+        put_dropout(net, dropout, 0.3)
     return net.eval()
 
 
