@@ -121,11 +121,16 @@ def functional_dropout(model: Model) -> list[str]:
     Found by watching the operators of one pass over noise, with all but normalisation and known dropout in training
     mode. Flags, buffers and torch's random state are as before afterwards.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _functional_dropout(model)
+
+
+def _functional_dropout(model: Model) -> list[str]:
     net, probe, found, stack = model.module, probe_input(model), list[str](), list[str]()
     known = {id(m) for m in net.modules() if isinstance(m, (_DropoutNd, _NormBase))}
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     training = [module for module in net.modules() if module.training]
-    with torch.random.fork_rng(), torch.no_grad(), evaluating(net):
+    with torch.random.fork_rng(), evaluating(net):
         hooks = []
         for name, module in net.named_modules():
             hooks += [
@@ -143,9 +148,8 @@ def functional_dropout(model: Model) -> list[str]:
                 hook.remove()
             for module in net.modules():
                 module.training = False
-            with torch.no_grad():
-                for name, value in net.named_buffers():
-                    value.copy_(buffers[name])
+            for name, value in net.named_buffers():
+                value.copy_(buffers[name])
     assert training == [module for module in net.modules() if module.training]
     return list(dict.fromkeys(found))
 

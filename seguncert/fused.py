@@ -71,8 +71,10 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 # 2^f for f in [−½, ½], relative error 2e-9: minimax polynomial (Lawson's algorithm)
 P1, P2, P3 = np.float32(0.6931471824645996), np.float32(0.24022646248340607), np.float32(0.05550328642129898)
 P4, P5, P6 = np.float32(0.009618489071726799), np.float32(0.0013399929739534855), np.float32(0.0001534579205326736)
-LOG2E, ONE, HALF = np.float32(1.4426950408889634), np.float32(1), np.float32(0.5)
-LOWEST, HIGHEST = np.float32(-127), np.float32(200)  # 2^−127 is made 0; keeps 0 · ∞ out of the entropy
+LOG2E, LN2, ONE = np.float32(1.4426950408889634), np.float32(0.6931471805599453), np.float32(1)
+LOWEST = np.float32(-127)  # 2^−127 is made 0
+ROUND = np.float32(1.5 * 2**23)  # added to a small number, its last bits are the nearest integer
+MANTISSA, ONE_BITS = np.int32(23), np.int32(127 << 23)
 
 
 @_compiled
@@ -81,12 +83,15 @@ def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, same, n, mean_CRW
     R, W = entropy_RW.shape
     B = min(W, BLOCK)
     upper_SCB, lower_SCB = np.empty((S, C, B), np.float32), np.empty((S, C, B), np.float32)
-    z_CB, e_CB, first_CB = np.empty((C, B), np.float32), np.empty((C, B), np.float32), np.empty((C, B), np.float32)
+    between_CB, e_CB, first_CB = (
+        np.empty((C, B), np.float32),
+        np.empty((C, B), np.float32),
+        np.empty((C, B), np.float32),
+    )
     sum_CB, squares_CB = np.empty((C, B), np.float32), np.empty((C, B), np.float32)
     max_B, total_B, spread_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
     product_B, entropy_B = np.empty(B, np.float32), np.empty(B, np.float32)
-    bits_B = np.empty(B, np.int32)
-    scale_B = bits_B.view(np.float32)
+    share, shared, inverse = np.float32(S / (n + S)), np.float32(n * S / (n + S)), np.float32(1 / S)
     for start in range(0, W, B):
         width = min(B, W - start)
         upper, lower = -1, -1  # the lines that upper_SCB and lower_SCB hold
@@ -105,13 +110,13 @@ def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, same, n, mean_CRW
             entropy_B[:] = 0
             product_B[:] = 1
             for s in range(S):
-                for c in range(C):
-                    if down > 0:
+                z_CB = between_CB
+                if down > 0:
+                    for c in range(C):
                         for x in range(width):
                             z_CB[c, x] = upper_SCB[s, c, x] + down * (lower_SCB[s, c, x] - upper_SCB[s, c, x])
-                    else:
-                        for x in range(width):
-                            z_CB[c, x] = upper_SCB[s, c, x]
+                else:
+                    z_CB = upper_SCB[s]
                 for x in range(width):
                     max_B[x] = z_CB[0, x]
                 for c in range(1, C):
@@ -120,21 +125,20 @@ def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, same, n, mean_CRW
                 total_B[:] = 0
                 spread_B[:] = 0
                 for c in range(C):
-                    for x in range(width):  # e = 2^power, in two loops: the bits of its exponent are made as integers
-                        power = max((z_CB[c, x] - max_B[x]) * LOG2E, LOWEST)
-                        whole = np.floor(power + HALF)
-                        bits_B[x] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-                        f = power - whole
-                        e_CB[c, x] = ONE + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * (P5 + f * P6)))))
                     for x in range(width):
-                        e = e_CB[c, x] * scale_B[x]
+                        power = max((z_CB[c, x] - max_B[x]) * LOG2E, LOWEST)
+                        rounded = power + ROUND
+                        f = power - (rounded - ROUND)
+                        bits = np.int32((np.float32(rounded).view(np.int32) << MANTISSA) + ONE_BITS)
+                        e = ONE + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * (P5 + f * P6)))))
+                        e *= np.int32(bits).view(np.float32)
                         e_CB[c, x] = e
                         total_B[x] += e
-                        spread_B[x] += e * min(max_B[x] - z_CB[c, x], HIGHEST)
-                for x in range(width):  # H = ln s + Σ e (max − z) / s; one logarithm for a product of many s
-                    entropy_B[x] += spread_B[x] / total_B[x]
+                        spread_B[x] += e * power
+                for x in range(width):  # H = ln s − ln 2 · Σ e power / s; one logarithm for a product of many s
                     product_B[x] *= total_B[x]
                     total_B[x] = ONE / total_B[x]
+                    entropy_B[x] -= LN2 * spread_B[x] * total_B[x]
                 if (s + 1) % per_log == 0 or s + 1 == S:
                     for x in range(width):
                         entropy_B[x] += np.log(product_B[x])
@@ -151,14 +155,13 @@ def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, same, n, mean_CRW
                             shift = e_CB[c, x] * total_B[x] - first_CB[c, x]
                             sum_CB[c, x] += shift
                             squares_CB[c, x] += shift * shift
-            share, between, inverse = np.float32(S / (n + S)), np.float32(n * S / (n + S)), np.float32(1 / S)
             for c in range(C):
                 for x in range(width):
                     shift = sum_CB[c, x] * inverse
                     squares = max(squares_CB[c, x] - sum_CB[c, x] * shift, np.float32(0))
                     delta = first_CB[c, x] + shift - mean_CRW[c, y, start + x]
                     mean_CRW[c, y, start + x] += share * delta
-                    squares_CRW[c, y, start + x] += squares + between * delta * delta
+                    squares_CRW[c, y, start + x] += squares + shared * delta * delta
             for x in range(width):
                 entropy_RW[y, start + x] += share * (entropy_B[x] * inverse - entropy_RW[y, start + x])
 
@@ -177,3 +180,24 @@ def _widen(logits_SCrw, line, left_W, right_W, same, start, width, wide_SCB):
                     left = left_W[start + x]
                     here, there = logits_SCrw[s, c, line, left], logits_SCrw[s, c, line, min(left + 1, w - 1)]
                     wide_SCB[s, c, x] = here + right_W[start + x] * (there - here)
+
+
+def convolve_each(band_KRW: Tensor, weight_CKij: Tensor, parts_KCRW: Tensor) -> None:
+    """Each channel of a padded band through its slices of a 3 × 3 kernel: parts[k, c] = weight[c, k] * band[k]."""
+    _convolve_each(band_KRW.numpy(), weight_CKij.numpy(), parts_KCRW.numpy())
+
+
+@_compiled
+def _convolve_each(band_KRW, weight_CKij, parts_KCRW):
+    K, C, R, W = parts_KCRW.shape
+    for k in range(K):
+        for c in range(C):
+            w = weight_CKij[c, k]
+            a, b, o, d, e, f, g, h, i = w[0, 0], w[0, 1], w[0, 2], w[1, 0], w[1, 1], w[1, 2], w[2, 0], w[2, 1], w[2, 2]
+            for y in range(R):
+                for x in range(W):
+                    parts_KCRW[k, c, y, x] = (
+                        a * band_KRW[k, y, x] + b * band_KRW[k, y, x + 1] + o * band_KRW[k, y, x + 2]
+                        + d * band_KRW[k, y + 1, x] + e * band_KRW[k, y + 1, x + 1] + f * band_KRW[k, y + 1, x + 2]
+                        + g * band_KRW[k, y + 2, x] + h * band_KRW[k, y + 2, x + 1] + i * band_KRW[k, y + 2, x + 2]
+                    )  # fmt: skip

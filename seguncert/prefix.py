@@ -240,9 +240,14 @@ def _storage(value: Tensor) -> int:
 
 def make_plan(model: Model, stochastic: set[str]) -> Plan:
     """Trace one pass over noise and prove the plan on it; see the module's text."""
+    with torch.inference_mode(False), torch.no_grad():  # inference mode hides what operators are made of
+        return _make_plan(model, stochastic)
+
+
+def _make_plan(model: Model, stochastic: set[str]) -> Plan:
     net, probe = model.module, probe_input(model)
     everything = {name for name, _ in net.named_modules()}
-    with torch.no_grad(), evaluating(net), intercepting(net, everything):
+    with evaluating(net), intercepting(net, everything):
         tracer = _Tracer(stochastic, Masks(0, [0]))
         with in_session(tracer), tracer:
             logits = net_logits(model, probe)
@@ -266,7 +271,7 @@ def make_plan(model: Model, stochastic: set[str]) -> Plan:
         if any(time > ended.time and storage in ended.storages for time, storage in tracer.writes)
     }
     plan = Plan(settled, frozenset(copied), tuple(tracer.draws), tuple(tracer.operators), logits)
-    with torch.no_grad(), evaluating(net), intercepting(net, plan.names):
+    with evaluating(net), intercepting(net, plan.names):
         session = Session(plan)
         for sample in (0, 1, 2):
             passes = []

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from torch import Tensor
 
 from seguncert.dropout import Masks, require_dropout
 from seguncert.fused import accumulate, positions
 from seguncert.model import Model, ModelError, evaluating, net_logits
 from seguncert.moments import Moments
-from seguncert.predict import TILE, at_scale, net_input, pieces
+from seguncert.predict import TILE, at_scale, net_input, pieces, planes
 from seguncert.prefix import Plan, Reached, Session, in_session, intercepting, make_plan
 from seguncert.tail import LinearTail, find_tail
 
@@ -115,11 +116,14 @@ class DropoutSampler:
                 session.begin(Masks(seed, [sample]), full=bool(self.plan.note))
                 with in_session(session):
                     logits_Chw.copy_(net_logits(self.model, value)[:, :h, :w])
-            for band in _bands(piece.row_position, max(1, h // 8)):
+
+            def add(band: slice, logits_SChw: Tensor = logits_SChw, first: int = first) -> None:
                 rows = slice(piece.rows.start + band.start, piece.rows.start + band.stop)
                 accumulate(
                     moments, logits_SChw, rows, piece.columns, piece.row_position[band], piece.column_position, first
                 )
+
+            _on_all_cores(add, list(_bands(piece.row_position, max(1, h // 8))))
 
     def _add_linear(self, tail: LinearTail, moments: Moments, piece: _Piece, samples: int, seed: int) -> None:
         """One pass up to the dropout; from there all samples in one product, a band of rows at a time."""
@@ -131,7 +135,7 @@ class DropoutSampler:
                 net_logits(self.model, value)
             raise AssertionError("the plan has a draw")
         except Reached as reached:
-            features_KHW = reached.value[0].float()
+            features_KHW = planes(reached.value[0].float())
         dropout = dict(self.model.module.named_modules())[tail.dropout]
         factors_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1)
         K, below, beside = features_KHW.shape
@@ -187,17 +191,19 @@ def _bands(position: np.ndarray, lines: int) -> Iterator[slice]:
 
 
 def _on_all_cores(work: Callable[[slice], None], items: list[slice]) -> None:
-    """Each item on a thread of its own core, as many as torch may use; the bits do not depend on how many."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(items) == 1:
-        for item in items:
-            work(item)
-        return
+    """Each item on a thread of its own core, as many as torch may use; the bits do not depend on how many.
+
+    The threads are ours, since in them what underflows becomes 0: squares of tiny probabilities do all the time, and the
+    processor is many times slower at numbers below 1e-38.
+    """
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
 
     def alone(item: slice) -> None:
-        torch.set_num_threads(1)
         with torch.inference_mode():
             work(item)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=prepare) as pool:
         list(pool.map(alone, items))

@@ -131,6 +131,12 @@ def test_bit_for_bit_as_full_passes(name):
     assert not torch.equal(full[0], full[1]), "samples differ"
 
 
+def test_a_plan_can_be_made_in_inference_mode():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        assert make_plan(wrap(InPlace()), {"drop"}).settled
+
+
 def test_no_dropout_is_applied_outside_a_session():
     torch.manual_seed(0)
     model, value = wrap(InPlace()), torch.randn(1, 3, 64, 64)

@@ -1,0 +1,144 @@
+"""What 20 samples of MC dropout cost, in forward passes: moments of 20 samples over one eager fp32 forward pass.
+
+    python tests/benchmarks/sampling.py [--samples 20] [--rounds 9] [--height 384] [--width 480] [--net NAME ...]
+
+One process, interleaved, median of the rounds; the picture is noise, the nets have random weights (`street` its own).
+
+forward   the net as its library builds it, torch, fp32, eager, all cores
+sampled   photo in, moments of all samples at its own size out
+full      the same by full passes and the plain sums, for comparison (--full)
+memory    growth of the process's peak while it runs, MiB, for the given number of samples and for ten times as many
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import cv2
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+import torchvision
+from torch import nn
+
+from seguncert.dropout import Masks
+from seguncert.model import Model, load_model, net_logits, wrap_model
+from seguncert.moments import Moments
+from seguncert.predict import net_input
+from seguncert.prefix import Session, in_session
+from seguncert.sampling import DropoutSampler
+
+CLASSES = [str(c) for c in range(11)]
+
+
+def segformer() -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    return SegformerForSemanticSegmentation(SegformerConfig(num_labels=11))  # the defaults are b0
+
+
+NETS: dict[str, Callable[[], Model]] = {
+    "FPN resnet18": lambda: wrap_model(smp.FPN("resnet18", encoder_weights=None, classes=11).eval(), CLASSES),
+    "street": lambda: load_model("street", "cpu"),
+    "DeepLabV3+ mobilenet_v2": lambda: wrap_model(
+        smp.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, classes=11).eval(), CLASSES
+    ),
+    "torchvision deeplabv3": lambda: wrap_model(
+        torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=11
+        ).eval(),
+        CLASSES,
+    ),
+    "transformers SegFormer-b0": lambda: wrap_model(segformer().eval(), CLASSES),
+}
+
+
+def clock(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def growth(function: Callable[[], object]) -> float:
+    """MiB by which the peak of the process's memory rises above what it holds before."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+@torch.inference_mode()
+def measure(name: str, model: Model, rgb: np.ndarray, samples: int, rounds: int, full: bool) -> None:
+    height, width = rgb.shape[:2]
+    value = net_input(model, rgb)
+    plain = value.contiguous()
+    module = model.module.eval()
+    sampler = DropoutSampler(model)
+    ways: dict[str, Callable[[], object]] = {
+        "forward": lambda: module(plain),
+        "sampled": lambda: sampler.moments(rgb, samples, scale="native"),
+    }
+
+    def passes() -> None:
+        session, moments = Session(sampler.plan), Moments.empty(len(model.classes), height, width)
+        with sampler.ready():
+            for sample in range(samples):
+                session.begin(Masks(0, [sample]), full=True)
+                with in_session(session):
+                    moments.update(net_logits(model, value)[None, :, :height, :width])
+
+    if full:
+        ways["full"] = passes
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for function in ways.values():
+        function()
+    for _ in range(rounds):
+        for way, function in ways.items():
+            times[way].append(clock(function))
+    forward = median(times["forward"])
+    ratios = {way: median(each) / forward for way, each in times.items()}
+    memory = [growth(ways["sampled"]), growth(lambda: sampler.moments(rgb, 10 * samples, scale="native"))]
+    print(
+        f"{name:26} forward {1000 * forward:6.1f} ms   sampled {ratios['sampled']:5.2f}"
+        + (f"   full {ratios['full']:5.1f}" if full else "")
+        + f"   memory {memory[0]:4.0f} and {memory[1]:4.0f} MiB   {sampler.how['passes']}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--height", type=int, default=384)
+    parser.add_argument("--width", type=int, default=480)
+    parser.add_argument("--net", action="append", choices=NETS)
+    parser.add_argument("--full", action="store_true")
+    options = parser.parse_args()
+    coarse = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    rgb = cv2.resize(coarse, (options.width, options.height), interpolation=cv2.INTER_CUBIC)
+    print(
+        f"{options.samples} samples, {options.width}x{options.height}, 11 classes, {torch.get_num_threads()} threads, {options.rounds} rounds"
+    )
+    for name in options.net or NETS:
+        torch.manual_seed(0)
+        try:
+            model = NETS[name]()
+        except ImportError as error:
+            print(f"{name}: not measured, {error.name} is not installed", file=sys.stderr)
+            continue
+        measure(name, model, rgb, options.samples, options.rounds, options.full)
+
+
+if __name__ == "__main__":
+    main()
