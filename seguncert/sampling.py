@@ -27,7 +27,7 @@ from seguncert.tail import LinearTail, find_tail
 
 AT_ONCE = 32  # samples
 HELD = 48 << 20  # bytes of logits of samples that wait to be added
-BAND = 6 << 20  # bytes of logits and parts of them that a band of rows may take
+LINES = 16  # of logits, that a thread does in one go
 
 
 @dataclass(frozen=True)
@@ -137,27 +137,20 @@ class DropoutSampler:
         except Reached as reached:
             features_KHW = planes(reached.value[0].float())
         dropout = dict(self.model.module.named_modules())[tail.dropout]
-        factors_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1)
-        K, below, beside = features_KHW.shape
+        kept_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1).numpy() > 0
         row_position, column_position = piece.row_position, piece.column_position
         if tail.resize is not None:  # the picture is at the net's scale: its pixels lie in the padded input as they are
-            row_position = tail.positions(below, value.shape[2])[:h]
-            column_position = tail.positions(beside, value.shape[3])[:w]
-        at_once = min(AT_ONCE, samples)
-        C = len(self.model.classes)
-        lines = max(1, BAND // (4 * C * beside * (K + at_once)))
+            below, beside = features_KHW.shape[1:]
+            row_position = positions(below, value.shape[2], tail.resize)[:h]
+            column_position = positions(beside, value.shape[3], tail.resize)[:w]
 
         def add(band: slice) -> None:
-            source = slice(int(row_position[band.start]), min(below, int(row_position[band.stop - 1]) + 2))
             rows = slice(piece.rows.start + band.start, piece.rows.start + band.stop)
-            parts = tail.parts(features_KHW, source)
-            for first in range(0, samples, at_once):
-                logits_SCRW = tail.combine(parts, factors_SK[first : first + at_once])
-                accumulate(
-                    moments, logits_SCRW, rows, piece.columns, row_position[band] - source.start, column_position, first
-                )
+            for first in range(0, samples, AT_ONCE):
+                kept = kept_SK[first : first + AT_ONCE]
+                tail.add(moments, features_KHW, kept, rows, piece.columns, row_position[band], column_position, first)
 
-        _on_all_cores(add, list(_bands(row_position, lines)))
+        _on_all_cores(add, list(_bands(row_position, LINES)))
 
 
 def _cut(rgb: UInt8[np.ndarray, "h w 3"], H: int, W: int, tile: int, divisor: int) -> Iterator[_Piece]:

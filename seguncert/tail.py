@@ -5,8 +5,8 @@ through its slice of the kernel) sample s has the logits
 
     b + Σ_k m_sk G_k ,      m_sk = 0 or 1 / (1 − p)
 
-For a kernel of one pixel the mask goes into the weights instead: (m_s W) * F, one convolution with S·C outputs. Both are
-made some rows at a time, so that they stay in cache and memory does not grow with S.
+The G_k of a line are made once, in cache, and each sample is a sum of some of them: of all without the few that its mask
+drops. So memory does not grow with S, and 20 samples cost less than the pass before them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from seguncert.dropout import CHANNELWISE
-from seguncert.fused import convolve_each, positions
+from seguncert.fused import accumulate_linear
 from seguncert.model import Model
+from seguncert.moments import Moments
 from seguncert.prefix import Plan
 
 PASSED_ON = (
@@ -43,41 +44,24 @@ class LinearTail:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     resize: bool | None
-    sigmoid: bool
 
-    def parts(self, features_KHW: Tensor, rows: slice) -> Tensor:
-        """What no mask changes of rows `rows` of the logits: the G_k (K, C, R, W), or the features themselves."""
-        K, H, _ = features_KHW.shape
-        C, _, i, j = self.weight_CKij.shape
-        if i * j == 1:
-            return features_KHW[:, rows].contiguous()
-        above, beside = self.padding
-        first, last = rows.start - above, rows.stop - above + self.dilation[0] * (i - 1)
+    def add(
+        self, moments: Moments, features_KHW: Tensor, kept_SK: np.ndarray, rows: slice, columns: slice,
+        row_position: np.ndarray, column_position: np.ndarray, n: int,
+    ) -> None:  # fmt: skip
+        """Add samples that keep the channels `kept_SK` to the pixels `rows` × `columns` of moments that hold `n`.
+
+        The positions say where among the logits before any resize those pixels lie.
+        """
+        H, (above, beside) = features_KHW.shape[1], self.padding
+        start, stop = int(row_position[0]), int(row_position[-1]) + 2
+        first, last = start - above, stop - above + self.dilation[0] * (self.weight_CKij.shape[2] - 1)
         band_KRW = features_KHW[:, max(first, 0) : min(last, H)]
-        band_KRW = nn.functional.pad(band_KRW, (beside, beside, max(-first, 0), max(last - H, 0)))
-        if (i, j) == (3, 3) and self.dilation == (1, 1):
-            parts = torch.empty(K, C, rows.stop - rows.start, band_KRW.shape[2] - 2)
-            convolve_each(band_KRW, self.weight_CKij, parts)
-            return parts
-        each_KC = self.weight_CKij.transpose(0, 1).reshape(K * C, 1, i, j)
-        parts = nn.functional.conv2d(band_KRW[None], each_KC, dilation=self.dilation, groups=K)
-        return parts.view(K, C, *parts.shape[2:])
-
-    def combine(self, parts: Tensor, factors_SK: Tensor) -> Tensor:
-        """Logits (S, C, R, W), before any resize, of samples with these masks."""
-        C, K, i, j = self.weight_CKij.shape
-        S, R, W = len(factors_SK), *parts.shape[-2:]
-        if i * j == 1:
-            weight = (factors_SK[:, None, :] * self.weight_CKij[None, :, :, 0, 0]).view(S * C, K)
-            logits_SCRW = (weight @ parts.view(K, -1)).view(S, C, R, W)
-        else:
-            logits_SCRW = (factors_SK @ parts.reshape(K, -1)).view(S, C, R, W)
-        logits_SCRW += self.bias_C[:, None, None]
-        return torch.cat([torch.zeros_like(logits_SCRW), logits_SCRW], 1) if self.sigmoid else logits_SCRW
-
-    def positions(self, length: int, size: int) -> np.ndarray:
-        """Where the pixels of a line of `size` lie among `length` columns or rows of the features."""
-        return positions(length, size, bool(self.resize))
+        band_KRW = nn.functional.pad(band_KRW, (beside, beside, max(-first, 0), max(min(last, H + above) - H, 0)))
+        accumulate_linear(
+            moments, band_KRW, self.weight_CKij, self.bias_C, self.dilation, kept_SK, 1 / (1 - self.p), rows, columns,
+            row_position - start, column_position, n,
+        )  # fmt: skip
 
 
 def find_tail(model: Model, plan: Plan) -> LinearTail | None:
@@ -100,7 +84,7 @@ def find_tail(model: Model, plan: Plan) -> LinearTail | None:
     if transposed or groups != 1 or set(stride) != {1} or weight.dtype != torch.float32:
         return None
     resize = bool(operators[1][1][2]) if len(operators) == 2 else None
-    bias = torch.zeros(len(weight)) if bias is None else bias
-    return LinearTail(
-        name, float(module.p), weight.detach(), bias.detach(), tuple(padding), tuple(dilation), resize, model.head == "sigmoid"
-    )  # fmt: skip
+    weight, bias = weight.detach(), torch.zeros(len(weight)) if bias is None else bias.detach()
+    if model.head == "sigmoid":  # the two logits (0, z)
+        weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros(1), bias])
+    return LinearTail(name, float(module.p), weight, bias, tuple(padding), tuple(dilation), resize)
