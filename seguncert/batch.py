@@ -26,7 +26,7 @@ from seguncert import maps as maps_
 from seguncert import render
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, read_image
 from seguncert.model import Model, ModelError, evaluating, load_model
-from seguncert.predict import scale_factor
+from seguncert.predict import on_backend, scale_factor
 from seguncert.run import Sampler, check_settings, describe_photo, draw_overlay, make_sampler, predict_photo
 from seguncert.store import OURS, Store, stamp_of
 from seguncert.tables import BINS, write_tables
@@ -83,6 +83,8 @@ def export(
     format: str = "png16",
     workers: int | None = None,
     device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Exported:
@@ -95,6 +97,7 @@ def export(
     Args:
         method, samples, seed, maps: as in `seguncert.analyse`; the same masks for every image.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
+        backend, precision: auto takes OpenVINO where it is installed and agrees with PyTorch in fp32; run.json says which.
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
         max_pixels: larger images are not decoded; they become a failed row.
@@ -131,9 +134,10 @@ def export(
         raise ValueError(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
-    sampler = make_sampler(model, method)
-    job = _Job(source, maps, scale, format, max_pixels, method, samples, seed, dict(insert_dropout or {}))
-    store = Store(out, _settings(job, model, sampler))
+    inserted = dict(insert_dropout or {})
+    job = _Job(source, maps, scale, format, max_pixels, method, samples, seed, inserted, backend, precision)
+    model, sampler, engine = _engine(job, model, workers)
+    store = Store(out, _settings(job, model, engine))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
         todo = [path for path in paths if not store.done(path, stamp_of(source / path))]
@@ -194,6 +198,8 @@ class _Job:
     samples: int
     seed: int
     insert_dropout: dict[str, float]
+    backend: str
+    precision: str
 
 
 def _process(job: _Job, model: Model, sampler: Sampler | None, path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -331,16 +337,26 @@ def _process_alone(
     job: _Job, spec: str | os.PathLike[str], device: str, path: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     torch.set_num_threads(1)
-    model = load_model(spec, device, job.insert_dropout)
-    return _process(job, model, make_sampler(model, job.method), path)
+    model, sampler, _ = _engine(job, load_model(spec, device, job.insert_dropout), 1)
+    return _process(job, model, sampler, path)
 
 
-def _settings(job: _Job, model: Model, sampler: Sampler | None) -> dict[str, Any]:
+def _engine(job: _Job, model: Model, workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
+    """The model on its backend, or its sampler on it; and what run.json says of them."""
+    sampler = make_sampler(model, job.method, job.backend, job.precision, workers)
+    if sampler is None:
+        model, about = on_backend(model, job.backend, job.precision, workers)
+        return model, None, {"backend": about}
+    return (
+        model,
+        sampler,
+        {"samples": job.samples, "seed": job.seed, "inserted_dropout": job.insert_dropout, **sampler.how},
+    )
+
+
+def _settings(job: _Job, model: Model, engine: dict[str, Any]) -> dict[str, Any]:
     """What decides the output: the content of run.json."""
     C = len(model.classes)
-    sampling: dict[str, Any] = {}
-    if sampler:
-        sampling = {"samples": job.samples, "seed": job.seed, "inserted_dropout": job.insert_dropout, **sampler.how}
     return {
         "seguncert": version("seguncert"),
         "input": str(job.source.resolve()),
@@ -349,7 +365,7 @@ def _settings(job: _Job, model: Model, sampler: Sampler | None) -> dict[str, Any
             "mean": list(model.mean), "std": list(model.std), "frame": model.frame and list(model.frame),
         },
         "method": job.method,
-        **sampling,
+        **engine,
         "calibration": "none",
         "scale": str(job.scale),
         "format": job.format,

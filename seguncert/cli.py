@@ -45,6 +45,18 @@ class Method(str, Enum):
     mc_dropout = "mc-dropout"
 
 
+class Backend(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Format(str, Enum):
     png16 = "png16"
     npy = "npy"
@@ -99,6 +111,12 @@ def export(
         int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
     ] = None,
     device: DeviceOption = Device.auto,
+    backend: Annotated[
+        Backend, typer.Option(help="auto: openvino if installed and in agreement with torch")
+    ] = Backend.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="of the net; auto is bf16 only where the maps agree with fp32")
+    ] = Precision.auto,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="larger images are not decoded but named as failed")
     ] = 100_000_000,
@@ -125,7 +143,18 @@ def export(
             scale=scale,
             format=format.value,
         )
-        code = _run_batch(model, out, partial(job, workers=workers, device=device.value, max_pixels=max_pixels))
+        code = _run_batch(
+            model,
+            out,
+            partial(
+                job,
+                workers=workers,
+                device=device.value,
+                backend=backend.value,
+                precision=precision.value,
+                max_pixels=max_pixels,
+            ),
+        )
     raise typer.Exit(code)
 
 

@@ -7,14 +7,16 @@ softmax comes after that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
+from seguncert.backends import choose
 from seguncert.image import pad_to_divisor
 from seguncert.model import Model, ModelError, evaluating, net_logits
 
@@ -79,6 +81,38 @@ def at_scale(model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float =
     if (h, w) == (H, W):
         return rgb
     return cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+
+
+def on_backend(model: Model, backend: str, precision: str, streams: int = 1) -> tuple[Model, str]:
+    """The model with its net on the engine that `seguncert.backends` chooses, and what that is."""
+    part = _Logits(model)
+    with evaluating(model.module):
+        chosen = choose(part, lambda logits: logits.softmax(1).amax(1), model.device, backend, precision, streams)
+    if chosen.run is part:
+        return model, chosen.about
+    return replace(model, module=_Runs(chosen.run), head="softmax"), chosen.about
+
+
+class _Logits(nn.Module):
+    """A model's net with its ways of giving logits evened out."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.net, self.model = model.module, model
+
+    def forward(self, value: Tensor) -> Tensor:
+        return net_logits(self.model, value)[None]
+
+
+class _Runs(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.run(value)
 
 
 def rows_at_size(

@@ -143,13 +143,15 @@ class Sampler(Protocol):
         """Of the samples, at the photo's own size."""
 
 
-def make_sampler(model: Model, method: str) -> Sampler | None:
-    """What the method asks for; None for one pass."""
+def make_sampler(
+    model: Model, method: str, backend: str = "torch", precision: str = "auto", streams: int = 1
+) -> Sampler | None:
+    """What the method asks for; None for one pass. `streams` threads will use it at once."""
     if method == "none":
         return None
     from seguncert.sampling import DropoutSampler  # brings numba: half a second that one pass need not wait for
 
-    return DropoutSampler(model)
+    return DropoutSampler(model, backend=backend, precision=precision, streams=streams)
 
 
 def predict_photo(

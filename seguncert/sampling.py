@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
+from seguncert.backends import check_backend, choose
 from seguncert.dropout import Masks, require_dropout
 from seguncert.fused import accumulate, positions
 from seguncert.model import Model, ModelError, evaluating, net_logits
@@ -51,12 +52,26 @@ class DropoutSampler:
         ModelError: no dropout with p > 0 is on the way to the logits.
     """
 
-    def __init__(self, model: Model, drop_path: bool = False):
+    def __init__(
+        self, model: Model, drop_path: bool = False, backend: str = "torch", precision: str = "fp32", streams: int = 1
+    ):
+        check_backend(backend, precision)
         self.model = model
         self.stochastic = tuple(require_dropout(model, drop_path))
         plan = make_plan(model, set(self.stochastic))
-        self.tail: LinearTail | None = find_tail(model, plan) if model.device.type == "cpu" else None
         self.plan: Plan = replace(plan, operators=(), logits=None)
+        self.tail: LinearTail | None = find_tail(model, plan) if model.device.type == "cpu" else None
+        self.backend = "torch fp32"
+        if self.tail:
+            with self.ready():
+                part = _UpToDropout(model.module, self.plan)
+                chosen = choose(part, self.tail.confidence, model.device, backend, precision, streams)
+            self.features, self.backend = chosen.run, chosen.about
+        elif backend == "openvino" or precision == "bf16":
+            raise ValueError(
+                f"{model.name}: backend {backend} with precision {precision} runs what comes before the masks only where a"
+                " convolution alone follows them. Set backend torch and precision fp32."
+            )
 
     @property
     def how(self) -> dict[str, Any]:
@@ -69,7 +84,7 @@ class DropoutSampler:
             passes = (
                 f"one pass for what comes before the masks, {len(self.plan.settled)} results kept; then one a sample"
             )
-        return {"stochastic": list(self.stochastic), "passes": passes}
+        return {"stochastic": list(self.stochastic), "passes": passes, "backend": self.backend}
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -128,14 +143,8 @@ class DropoutSampler:
     def _add_linear(self, tail: LinearTail, moments: Moments, piece: _Piece, samples: int, seed: int) -> None:
         """One pass up to the dropout; from there all samples in one product, a band of rows at a time."""
         h, w = piece.rgb.shape[:2]
-        value, session = net_input(self.model, piece.rgb), Session(self.plan)
-        session.begin(None, stop=True)
-        try:
-            with in_session(session):
-                net_logits(self.model, value)
-            raise AssertionError("the plan has a draw")
-        except Reached as reached:
-            features_KHW = planes(reached.value[0].float())
+        value = net_input(self.model, piece.rgb)
+        features_KHW = planes(self.features(value)[0].float())
         dropout = dict(self.model.module.named_modules())[tail.dropout]
         kept_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1).numpy() > 0
         row_position, column_position = piece.row_position, piece.column_position
@@ -151,6 +160,24 @@ class DropoutSampler:
                 tail.add(moments, features_KHW, kept, rows, piece.columns, row_position[band], column_position, first)
 
         _on_all_cores(add, list(_bands(row_position, LINES)))
+
+
+class _UpToDropout(nn.Module):
+    """A net up to its first stochastic call, as a module of its own; to be called where the net is intercepted."""
+
+    def __init__(self, net: nn.Module, plan: Plan):
+        super().__init__()
+        self.net, self.plan = net, plan
+
+    def forward(self, value: Tensor) -> Tensor:
+        session = Session(self.plan)
+        session.begin(None, stop=True)
+        try:
+            with in_session(session):
+                self.net(value)
+        except Reached as reached:
+            return reached.value
+        raise AssertionError("the plan has a draw")
 
 
 def _cut(rgb: UInt8[np.ndarray, "h w 3"], H: int, W: int, tile: int, divisor: int) -> Iterator[_Piece]:

@@ -45,6 +45,13 @@ class LinearTail:
     dilation: tuple[int, int]
     resize: bool | None
 
+    def confidence(self, features_1KHW: Tensor) -> Tensor:
+        """Of the pass that drops nothing."""
+        logits = nn.functional.conv2d(
+            features_1KHW, self.weight_CKij, self.bias_C, padding=self.padding, dilation=self.dilation
+        )
+        return logits.softmax(1).amax(1)
+
     def add(
         self, moments: Moments, features_KHW: Tensor, kept_SK: np.ndarray, rows: slice, columns: slice,
         row_position: np.ndarray, column_position: np.ndarray, n: int,

@@ -219,7 +219,7 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
                     {},
                 ),
                 seguncert.load_model(small_model, "auto"),
-                None,
+                {"backend": "torch fp32"},
             ),
         )
         store.begin(victim)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [  # a module imports only modules above it
     "moments", "maps", "image", "render", "legend", "report", "store", "tables", "card", "model", "dropout", "prefix",
-    "fused", "tail", "predict", "sampling", "run", "batch", "evaluation", "cli",
+    "backends", "fused", "tail", "predict", "sampling", "run", "batch", "evaluation", "cli",
 ]  # fmt: skip
 LEAVES = {"moments", "image", "render", "store", "card"}
 
