@@ -1,12 +1,14 @@
 """What 20 samples of MC dropout cost, in forward passes: moments of 20 samples over one eager fp32 forward pass.
 
-    python tests/benchmarks/sampling.py [--samples 20] [--rounds 9] [--height 384] [--width 480] [--net NAME ...]
+    python tests/benchmarks/sampling.py [--samples 20] [--rounds 9] [--height 384] [--width 480] [--net NAME ...] [--full]
 
 One process, interleaved, median of the rounds; the picture is noise, the nets have random weights (`street` its own).
 
 forward   the net as its library builds it, torch, fp32, eager, all cores
-sampled   photo in, moments of all samples at its own size out
+sampled   photo in, moments of all samples at its own size out, on torch in fp32
+fastest   the same on the backend that `auto` takes (OpenVINO, if it is installed)
 full      the same by full passes and the plain sums, for comparison (--full)
+--agree   instead: how far the confidence of `street` on each engine is from torch in fp32, on a folder of photos
 memory    growth of the process's peak while it runs, MiB, for the given number of samples and for ten times as many
 """
 
@@ -26,10 +28,12 @@ import torch
 import torchvision
 from torch import nn
 
+from seguncert.batch import list_images
 from seguncert.dropout import Masks
+from seguncert.image import read_image
 from seguncert.model import Model, load_model, net_logits, wrap_model
 from seguncert.moments import Moments
-from seguncert.predict import net_input
+from seguncert.predict import net_input, on_backend, predict_logits
 from seguncert.prefix import Session, in_session
 from seguncert.sampling import DropoutSampler
 
@@ -84,9 +88,11 @@ def measure(name: str, model: Model, rgb: np.ndarray, samples: int, rounds: int,
     plain = value.contiguous()
     module = model.module.eval()
     sampler = DropoutSampler(model)
+    fastest = DropoutSampler(model, backend="auto", precision="auto")
     ways: dict[str, Callable[[], object]] = {
         "forward": lambda: module(plain),
         "sampled": lambda: sampler.moments(rgb, samples, scale="native"),
+        "fastest": lambda: fastest.moments(rgb, samples, scale="native"),
     }
 
     def passes() -> None:
@@ -109,11 +115,33 @@ def measure(name: str, model: Model, rgb: np.ndarray, samples: int, rounds: int,
     ratios = {way: median(each) / forward for way, each in times.items()}
     memory = [growth(ways["sampled"]), growth(lambda: sampler.moments(rgb, 10 * samples, scale="native"))]
     print(
-        f"{name:26} forward {1000 * forward:6.1f} ms   sampled {ratios['sampled']:5.2f}"
+        f"{name:26} forward {1000 * forward:6.1f} ms   sampled {ratios['sampled']:5.2f}   fastest {ratios['fastest']:5.2f}"
         + (f"   full {ratios['full']:5.1f}" if full else "")
-        + f"   memory {memory[0]:4.0f} and {memory[1]:4.0f} MiB   {sampler.how['passes']}",
+        + f"   memory {memory[0]:4.0f} and {memory[1]:4.0f} MiB\n    {sampler.how['passes']}; {fastest.backend}",
         flush=True,
     )
+
+
+@torch.inference_mode()
+def agree(images: Path) -> None:
+    model = load_model("street", "cpu")
+    names = list_images(images)[0]
+    for backend, precision in (("torch", "bf16"), ("openvino", "bf16"), ("openvino", "fp32")):
+        try:
+            other, _about = on_backend(model, backend, precision)
+        except ValueError as error:
+            print(f"{backend} {precision}: {error}")
+            continue
+        off = []
+        for name in names:
+            rgb = read_image(images / name).rgb
+            one, two = (predict_logits(each, rgb).softmax(0) for each in (model, other))
+            same = (one.argmax(0) == two.argmax(0)).float().mean().item()
+            off.append([(one.amax(0) - two.amax(0)).abs().mean().item(), same])
+        confidence, same = np.mean(off, axis=0)
+        print(
+            f"{backend} {precision}: confidence {confidence:.4f} off on average, {100 * same:.2f} % of the labels the same, {len(names)} photos"
+        )
 
 
 def main() -> None:
@@ -124,7 +152,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=480)
     parser.add_argument("--net", action="append", choices=NETS)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--agree", type=Path)
     options = parser.parse_args()
+    if options.agree:
+        agree(options.agree)
+        return
     coarse = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     rgb = cv2.resize(coarse, (options.width, options.height), interpolation=cv2.INTER_CUBIC)
     print(
