@@ -371,7 +371,7 @@ def _settings(job: _Job, model: Model, engine: dict[str, Any]) -> dict[str, Any]
         "format": job.format,
         "maps": {
             name: {
-                "title": info.title, "unit": info.unit, "full_scale": info.full_scale(C), "sure_is": info.sure_is, "about": info.about,
+                "title": info.title, "unit": info.unit, "full_scale": info.full_scale(C), "sure_is": info.sure_is, "about": info.about, "drawn_to": info.drawn_to,
                 "stored": "round(65535 × map)" if job.format == "png16" else "float32", "range": [0.0, 1.0],
             }
             for name in job.maps

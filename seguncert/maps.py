@@ -31,12 +31,17 @@ LOWEST = -200.0  # exp(−200) is 0 in float32; keeps 0 · (−inf) out of the e
 
 @dataclass(frozen=True)
 class MapInfo:
-    """What a map's numbers mean: `unit` and `full_scale` (the value shown as 1.0), and which end is sure."""
+    """What a map's numbers mean: `unit` and `full_scale` (the value shown as 1.0), and which end is sure.
+
+    `drawn_to` is where an overlay's colours end: 1, or a smaller share of full scale for maps that stay far below their
+    bound. It is the same for every picture, and the legend says it.
+    """
 
     title: str
     unit: str
     sure_is: Literal["high", "low"]
     about: str
+    drawn_to: float = 1.0
 
     def full_scale(self, C: int) -> float:
         """The map's bound for C classes, in its unit: ln C nats, 1 − 1/C for a variance, 1 for a probability."""
@@ -50,24 +55,17 @@ MAPS: dict[str, MapInfo] = {
     ),
     "margin": MapInfo("Margin", "probability", "high", "Probability of the shown class minus that of the runner-up."),
     "mutual_information": MapInfo(
-        "Mutual information",
-        "nat",
-        "low",
-        "How much the samples disagree: doubt of the model, which more data would lessen.",
+        "Mutual information", "nat", "low",
+        "How much the samples disagree: doubt of the model, which more data would lessen.", drawn_to=0.1,
     ),
     "variance": MapInfo(
-        "Variance of the samples",
-        "probability²",
-        "low",
-        "Variance of each class's probability over the samples, summed.",
+        "Variance of the samples", "probability²", "low",
+        "Variance of each class's probability over the samples, summed over classes.", drawn_to=0.1,
     ),
     "expected_entropy": MapInfo(
-        "Expected entropy",
-        "nat",
-        "low",
-        "Entropy of the average sample: doubt that is in the picture, not in the model.",
+        "Expected entropy", "nat", "low", "Entropy of the average sample: doubt that is in the picture, not in the model."
     ),
-}
+}  # fmt: skip
 OF_SOFTMAX = ("confidence", "entropy", "margin")
 OF_SAMPLES = ("mutual_information", "variance", "expected_entropy")
 

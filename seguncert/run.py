@@ -191,12 +191,13 @@ def draw_overlay(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The photo under the map `name` of a model with C classes, legend below."""
     info = maps_.MAPS[name]
+    highest = info.full_scale(C) * info.drawn_to
     return overlay_picture(
         rgb,
-        map_HW,
+        map_HW if info.drawn_to == 1 else np.minimum(map_HW / np.float32(info.drawn_to), 1),
         map_name=info.title,
-        unit=info.unit,
+        unit=info.unit + (f", {highest:.2g} and more drawn alike" if info.drawn_to < 1 else ""),
         sure_is=info.sure_is,
-        full_scale=info.full_scale(C),
+        full_scale=highest,
         note=NOT_CALIBRATED,
     )
