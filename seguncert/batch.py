@@ -83,7 +83,7 @@ def export(
     format: str = "png16",
     workers: int | None = None,
     device: str = "auto",
-    backend: str = "auto",
+    backend: str = "torch",
     precision: str = "auto",
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int, int], None] | None = None,
@@ -97,7 +97,8 @@ def export(
     Args:
         method, samples, seed, maps: as in `seguncert.analyse`; the same masks for every image.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
-        backend, precision: auto takes OpenVINO where it is installed and agrees with PyTorch in fp32; run.json says which.
+        backend, precision: torch gives the numbers of `seguncert.analyse`; auto takes OpenVINO where it is installed and
+            agrees with them, as `seguncert.backends` tells. run.json says which it was.
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
         max_pixels: larger images are not decoded; they become a failed row.

@@ -112,10 +112,10 @@ def export(
     ] = None,
     device: DeviceOption = Device.auto,
     backend: Annotated[
-        Backend, typer.Option(help="auto: openvino if installed and in agreement with torch")
-    ] = Backend.auto,
+        Backend, typer.Option(help="engine of the net; auto: OpenVINO if it is installed and agrees with torch")
+    ] = Backend.torch,
     precision: Annotated[
-        Precision, typer.Option(help="of the net; auto is bf16 only where the maps agree with fp32")
+        Precision, typer.Option(help="auto: bf16 on OpenVINO where the maps agree with fp32, fp32 on torch")
     ] = Precision.auto,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="larger images are not decoded but named as failed")

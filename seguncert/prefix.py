@@ -6,7 +6,7 @@ the passes after it return them without computing; everything else runs as writt
 encoders, skip connections and branches beside the dropout are found alike.
 
 A result that somebody later writes into is handed out as a copy. Replayed passes must equal full passes bit for bit on
-the trace's picture, twice; where they do not, every pass is a full one and `Plan.note` says so.
+the trace's picture, three times; where they do not, every pass is a full one and `Plan.note` says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class Operator:
 
     function: Any
     args: tuple[Any, ...]
-    output: Any
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Plan:
     copied: frozenset[Call] = frozenset()
     draws: tuple[Call, ...] = ()
     operators: tuple[Operator, ...] = field(default=(), repr=False)
-    logits: Tensor | None = field(default=None, repr=False)
     note: str = ""
 
     @property
@@ -104,7 +102,7 @@ def _copy(value: Any) -> Any:
 
 
 _current = threading.local()
-_installed: dict[int, list[int]] = {}  # id of a module -> how many contexts hold its wrapper
+_installed: Counter[int] = Counter()  # how many contexts hold the wrapper of a module, by its id
 _lock = threading.Lock()
 
 
@@ -125,8 +123,8 @@ def intercepting(net: nn.Module, names: set[str]) -> Iterator[None]:
 
 def _wrap(name: str, module: nn.Module) -> None:
     with _lock:
-        if id(module) in _installed:
-            _installed[id(module)][0] += 1
+        _installed[id(module)] += 1
+        if _installed[id(module)] > 1:
             return
         own = "forward" in vars(module)
         forward = module.forward
@@ -137,13 +135,12 @@ def _wrap(name: str, module: nn.Module) -> None:
 
         intercepted.original = forward if own else None  # type: ignore[attr-defined]
         module.forward = intercepted
-        _installed[id(module)] = [1]
 
 
 def _unwrap(module: nn.Module) -> None:
     with _lock:
-        _installed[id(module)][0] -= 1
-        if _installed[id(module)][0] == 0:
+        _installed[id(module)] -= 1
+        if _installed[id(module)] == 0:
             del _installed[id(module)]
             original = module.forward.original  # type: ignore[attr-defined]
             del module.forward
@@ -207,7 +204,7 @@ class _Tracer(TorchDispatchMode):
                     made.append(value)
         if touched:
             self.touched.update(_storage(value) for value in made)
-            self.operators.append(Operator(function, args, output))
+            self.operators.append(Operator(function, args))
         return output
 
     def run(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -270,7 +267,7 @@ def _make_plan(model: Model, stochastic: set[str]) -> Plan:
         for ended in [tracer.results[call]]
         if any(time > ended.time and storage in ended.storages for time, storage in tracer.writes)
     }
-    plan = Plan(settled, frozenset(copied), tuple(tracer.draws), tuple(tracer.operators), logits)
+    plan = Plan(settled, frozenset(copied), tuple(tracer.draws), tuple(tracer.operators))
     with evaluating(net), intercepting(net, plan.names):
         session = Session(plan)
         for sample in (0, 1, 2):

@@ -59,7 +59,7 @@ class DropoutSampler:
         self.model = model
         self.stochastic = tuple(require_dropout(model, drop_path))
         plan = make_plan(model, set(self.stochastic))
-        self.plan: Plan = replace(plan, operators=(), logits=None)
+        self.plan: Plan = replace(plan, operators=())
         self.tail: LinearTail | None = find_tail(model, plan) if model.device.type == "cpu" else None
         self.backend = "torch fp32"
         if self.tail:
