@@ -10,6 +10,7 @@ there rounding shows most (`street` in bf16: 0.017 on noise, 0.003 on CamVid val
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import threading
 import warnings
@@ -47,6 +48,7 @@ def choose(
     part: nn.Module,
     confidence: Callable[[Tensor], Tensor],
     device: torch.device,
+    divisor: int,
     backend: str,
     precision: str,
     streams: int = 1,
@@ -55,6 +57,7 @@ def choose(
 
     Args:
         confidence: the map of what the part gives, to compare.
+        divisor: of the sides of the pictures that the part takes.
         backend, precision: auto tries openvino in bf16 where the processor has it, then in fp32, then torch in fp32;
             torch in bf16 only if both are named.
         streams: how many threads will call it at once; each then gets one core, and one alone gets all.
@@ -63,15 +66,18 @@ def choose(
         ValueError: what was asked for by name does not agree with fp32 PyTorch, or cannot run the part.
     """
     check_backend(backend, precision)
+    candidates = _candidates(backend, precision, device)
+    if candidates[0] == ("torch", "fp32"):
+        return Chosen(part, "torch fp32")
     with torch.inference_mode():
-        probe = _probe().to(device)
+        probe = _probe(divisor).to(device)
         expected = confidence(part(probe))
         failures = []
-        for engine, bits in _candidates(backend, precision, device):
+        for engine, bits in candidates:
             if (engine, bits) == ("torch", "fp32"):
                 return Chosen(part, "torch fp32")
             try:
-                run = _openvino(part, bits, streams) if engine == "openvino" else _autocast(part, device)
+                run = _openvino(part, bits, streams, divisor) if engine == "openvino" else _autocast(part, device)
                 off = (confidence(run(probe)) - expected).abs().mean().item()
             except Exception as error:  # whatever a converter makes of a net
                 failures.append(f"{engine} {bits}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
@@ -99,10 +105,11 @@ def _installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def _probe() -> Tensor:
-    """Smooth noise, 256 × 320, of the range of a normalised picture."""
+def _probe(divisor: int) -> Tensor:
+    """Smooth noise, about 256 × 320, of the range of a normalised picture."""
+    size = tuple(divisor * math.ceil(side / divisor) for side in (320, 256))
     coarse = np.random.default_rng(0).normal(0, 1, (6, 8, 3)).astype(np.float32)
-    return torch.from_numpy(cv2.resize(coarse, (320, 256), interpolation=cv2.INTER_CUBIC)).permute(2, 0, 1)[None]
+    return torch.from_numpy(cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC)).permute(2, 0, 1)[None]
 
 
 def _autocast(part: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -113,13 +120,13 @@ def _autocast(part: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
     return run
 
 
-def _openvino(part: nn.Module, bits: str, streams: int) -> Callable[[Tensor], Tensor]:
+def _openvino(part: nn.Module, bits: str, streams: int, divisor: int) -> Callable[[Tensor], Tensor]:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or importing it reports to its maker
     import openvino
 
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch.jit, which the converter uses
-        converted = openvino.convert_model(part, example_input=torch.zeros(1, 3, 64, 96), input=[-1, 3, -1, -1])
+        converted = openvino.convert_model(part, example_input=_probe(divisor), input=[-1, 3, -1, -1])
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[bits]}
     if streams > 1:
         options |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}

@@ -109,7 +109,7 @@ def export(
         ValueError: a setting is wrong, or there is no image.
     """
     source, out = Path(source), Path(out)
-    maps = check_settings(method, maps, samples)
+    maps = check_settings(method, maps, samples, seed)
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
     if format == "tiff":
@@ -123,10 +123,11 @@ def export(
             f"OUT: expected a new folder or one of an earlier run. Received: {out}, which is {'IN' if out.is_dir() else 'a file'}"
         )
     workers = workers or min(_cores(), 16)
-    if insert_dropout and (isinstance(model, Model) or method != "mc-dropout"):
-        raise ValueError(
-            "insert-dropout: expected the method mc-dropout, and a model's name or folder. Received: something else"
-        )
+    if insert_dropout and method != "mc-dropout":
+        raise ValueError(f"insert-dropout: expected with it the method mc-dropout. Received: {method}")
+    if insert_dropout and isinstance(model, Model):
+        raise ValueError("insert-dropout: expected a model's name or folder. Received: a model that is loaded already;"
+                         " give insert_dropout to load_model")  # fmt: skip
     spec = None if isinstance(model, Model) else model
     model = model if isinstance(model, Model) else load_model(model, device, insert_dropout)
     scale_factor(model, 1, 1, scale)
@@ -217,7 +218,8 @@ def _process(job: _Job, model: Model, sampler: Sampler | None, path: str) -> tup
     try:
         photo = read_image(file, max_pixels=job.max_pixels)
         H, W = photo.rgb.shape[:2]
-        with PIXELS.take(H * W):
+        heavier = 1 + len(model.classes) // 3 if sampler else 1  # moments hold floats of each class
+        with PIXELS.take(H * W * heavier):
             predicted = predict_photo(model, sampler, photo.rgb, job.samples, job.seed, job.scale)
             labels_HW, found = describe_photo(*predicted, H, W, job.maps)
             files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}

@@ -215,6 +215,8 @@ def page(
 def _place(text: str) -> tuple[str, float]:
     place, _, p = text.rpartition(":")
     try:
+        if not place:
+            raise ValueError
         return place, float(p)
     except ValueError:
         raise ValueError(f"insert-dropout: expected PLACE:P, as segmentation_head:0.2. Received: {text!r}") from None

@@ -52,12 +52,12 @@ def require_dropout(model: Model, drop_path: bool = False) -> dict[str, nn.Modul
     places = [name for name, child in model.module.named_children() if any(True for _ in child.parameters())]
     reasons = [
         "it has no dropout" if not idle else f"its dropout has p = 0 ({', '.join(idle[:3])})",
-        *([f"stochastic depth is off ({', '.join(paths[:3])}); turn it on with drop_path"] if paths else []),
+        *([f"stochastic depth ({', '.join(paths[:3])}) is not taken for dropout"] if paths else []),
         *([f"{', '.join(hidden[:3])} call dropout as a function, which cannot be switched on alone"] if hidden else []),
     ]
     raise ModelError(
         f"{model.name}: mc-dropout would give the same numbers for each sample: {'; '.join(reasons)}. Put dropout in"
-        f" with insert-dropout PLACE:P (places: {', '.join(places)}), or use the method tta or ensemble."
+        f" with insert-dropout PLACE:P (places: {', '.join(places)}), or use the method none."
     )
 
 
@@ -68,7 +68,7 @@ class Masks:
         self.seed, self.samples, self.call = seed, tuple(samples), 0
 
     def apply(self, module: nn.Module, value_N: Tensor) -> Tensor:
-        """What `module` in training mode makes of `value_N`, for each sample: a batch of one becomes one of all samples."""
+        """What `module` in training mode makes of `value_N`; of a batch of one for each sample, where there are many."""
         noise_N, shift_N = self.draw(module, value_N)
         value_N = value_N * noise_N
         return value_N if shift_N is None else value_N + shift_N
@@ -76,13 +76,13 @@ class Masks:
     def draw(self, module: nn.Module, value_N: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factor and, for the alpha kinds, summand."""
         p = _probability(module)
-        shape: tuple[int, ...]
+        assert len(self.samples) == 1 or len(value_N) == 1, "many samples are of a batch of one"
         if _is_drop_path(module):
-            shape = (1,) * value_N.ndim
+            shape = (len(value_N), *(1,) * (value_N.ndim - 1))
         elif isinstance(module, CHANNELWISE):
-            shape = (1, value_N.shape[1], *(1,) * (value_N.ndim - 2))
+            shape = (*value_N.shape[:2], *(1,) * (value_N.ndim - 2))
         else:
-            shape = (1, *value_N.shape[1:])
+            shape = tuple(value_N.shape)
         each = []
         for sample in self.samples:
             state = np.random.SeedSequence([self.seed, sample, self.call]).generate_state(1, np.uint64)[0]

@@ -92,7 +92,7 @@ def positions(length: int, size: int, align_corners: bool = False) -> np.ndarray
     array([0.  , 0.25, 0.75, 1.  ])
     """
     if align_corners:
-        return np.arange(size) * ((length - 1) / max(1, size - 1))
+        return np.minimum(np.arange(size) * ((length - 1) / max(1, size - 1)), length - 1)
     return np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
 
 

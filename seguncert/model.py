@@ -229,7 +229,7 @@ class _ApplyFirst:
 def put_dropout(net: nn.Module, before: str, p: float) -> None:
     """Put channel dropout in front of the submodule named `before`; the net's state dict stays as it is."""
     names = dict(net.named_modules())
-    if before not in names or not 0 < p < 1:
+    if not before or before not in names or not 0 < p < 1:
         raise ModelError(f"dropout: expected a submodule's name and 0 < p < 1. Received: {before!r}, p = {p}."
                          f" Top-level names: {', '.join(name for name, _ in net.named_children())}")  # fmt: skip
     dropout = nn.Dropout2d(p)

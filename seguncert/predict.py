@@ -87,10 +87,12 @@ def on_backend(model: Model, backend: str, precision: str, streams: int = 1) -> 
     """The model with its net on the engine that `seguncert.backends` chooses, and what that is."""
     part = _Logits(model)
     with evaluating(model.module):
-        chosen = choose(part, lambda logits: logits.softmax(1).amax(1), model.device, backend, precision, streams)
+        chosen = choose(
+            part, lambda logits: logits.softmax(1).amax(1), model.device, model.divisor, backend, precision, streams
+        )
     if chosen.run is part:
         return model, chosen.about
-    return replace(model, module=_Runs(chosen.run), head="softmax"), chosen.about
+    return replace(model, module=_Runs(chosen.run, part), head="softmax"), chosen.about
 
 
 class _Logits(nn.Module):
@@ -105,11 +107,11 @@ class _Logits(nn.Module):
 
 
 class _Runs(nn.Module):
-    """Calls a function."""
+    """Calls a function; has the part that it stands for, so that its flags and its device are known."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor]):
+    def __init__(self, run: Callable[[Tensor], Tensor], part: nn.Module):
         super().__init__()
-        self.run = run
+        self.run, self.part = run, part
 
     def forward(self, value: Tensor) -> Tensor:
         return self.run(value)
@@ -165,7 +167,7 @@ def net_input(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
 
 def planes(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
     """The same logits, each class contiguous: a channels_last net leaves the classes of a pixel side by side."""
-    if logits_CHW.stride(0) != 1:
+    if logits_CHW.stride(0) != 1 or len(logits_CHW) > 128:  # above, OpenCV 5 splits into arrays of its own
         return logits_CHW.contiguous()
     apart_CHW = np.empty(tuple(logits_CHW.shape), np.float32)
     cv2.split(logits_CHW.permute(1, 2, 0).numpy(), list(apart_CHW))  # four times as fast as torch's copy

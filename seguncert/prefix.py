@@ -42,19 +42,21 @@ class Plan:
     """What a trace found.
 
     `settled` are the outermost calls that no mask touches, with the calls made inside each of them, and whether their
-    result must be copied before it is handed out; `draws` the stochastic calls in order.
+    result must be copied before it is handed out; `draws` the stochastic calls in order,
+    `stochastic` all modules that may make one.
     """
 
     settled: dict[Call, Counter[str]] = field(default_factory=dict)
     copied: frozenset[Call] = frozenset()
     draws: tuple[Call, ...] = ()
+    stochastic: frozenset[str] = frozenset()
     operators: tuple[Operator, ...] = field(default=(), repr=False)
     note: str = ""
 
     @property
     def names(self) -> set[str]:
         """Modules whose calls a session must see."""
-        return {name for name, _ in (*self.settled, *self.draws)}
+        return {name for name, _ in self.settled} | self.stochastic
 
 
 class Reached(Exception):
@@ -73,11 +75,16 @@ class Session:
         self.calls: Counter[str] = Counter()
         self.full = False
         self.stop = False
+        self.drawn: list[Call] = []
 
     def begin(self, masks: Masks | None, full: bool = False, stop: bool = False) -> None:
         """Before each pass: its masks; `full` computes everything; `stop` raises `Reached` at the first draw."""
         self.masks, self.full, self.stop = masks, full, stop
-        self.calls = Counter()
+        self.calls, self.drawn = Counter(), []
+
+    def as_planned(self) -> bool:
+        """Whether the pass drew the masks that the plan foresaw; else what is settled is not known for this picture."""
+        return tuple(self.drawn) == self.plan.draws
 
     def run(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a module that is settled somewhere or stochastic."""
@@ -87,10 +94,11 @@ class Session:
             self.calls[name] += 1
             return _copy(self.kept[call]) if call in self.plan.copied else self.kept[call]
         self.calls[name] += 1
-        if call in self.plan.draws and self.stop:
+        if name in self.plan.stochastic and self.stop:
             raise Reached(args[0])
         value = forward(*args, **kwargs)
-        if call in self.plan.draws and self.masks is not None:
+        if name in self.plan.stochastic and self.masks is not None:
+            self.drawn.append(call)
             return self.masks.apply(module, value)
         if call in self.plan.settled and not self.full:
             self.kept[call] = _copy(value) if call in self.plan.copied else value
@@ -267,7 +275,7 @@ def _make_plan(model: Model, stochastic: set[str]) -> Plan:
         for ended in [tracer.results[call]]
         if any(time > ended.time and storage in ended.storages for time, storage in tracer.writes)
     }
-    plan = Plan(settled, frozenset(copied), tuple(tracer.draws), tuple(tracer.operators))
+    plan = Plan(settled, frozenset(copied), tuple(tracer.draws), frozenset(stochastic), tuple(tracer.operators))
     with evaluating(net), intercepting(net, plan.names):
         session = Session(plan)
         for sample in (0, 1, 2):

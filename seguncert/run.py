@@ -85,7 +85,7 @@ def analyse(
         ModelError: the net gave values that are not finite, or has no dropout to sample.
         ValueError: unknown method, map or scale, or fewer than two samples.
     """
-    maps = check_settings(method, maps, samples)
+    maps = check_settings(method, maps, samples, seed)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
             f"image: expected a path, bytes or an RGB array. Received: {type(image).__name__}."
@@ -115,12 +115,14 @@ def analyse(
     )
 
 
-def check_settings(method: str, maps: Sequence[str] | None, samples: int) -> tuple[str, ...]:
+def check_settings(method: str, maps: Sequence[str] | None, samples: int, seed: int) -> tuple[str, ...]:
     """The maps to make; ValueError where a setting is wrong."""
     if method not in DEFAULT_MAPS:
         raise ValueError(f"method: expected one of {', '.join(DEFAULT_MAPS)}. Received: {method!r}")
     if method != "none" and samples < 2:
         raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more. Received: {seed}")
     maps = DEFAULT_MAPS[method] if maps is None else tuple(maps)
     maps_.check_names(maps, sampled=method != "none")
     return maps

@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from seguncert.backends import check_backend, choose
-from seguncert.dropout import Masks, require_dropout
+from seguncert.dropout import Masks, functional_dropout, require_dropout
 from seguncert.fused import accumulate, positions
 from seguncert.model import Model, ModelError, evaluating, net_logits
 from seguncert.moments import Moments
 from seguncert.predict import TILE, at_scale, net_input, pieces, planes
-from seguncert.prefix import Plan, Reached, Session, in_session, intercepting, make_plan
-from seguncert.tail import LinearTail, find_tail
+from seguncert.prefix import Plan, Session, in_session, intercepting, make_plan
+from seguncert.tail import LinearTail, UpToDropout, find_tail
 
 AT_ONCE = 32  # samples
 HELD = 48 << 20  # bytes of logits of samples that wait to be added
+MOST = 4 << 30  # bytes of moments
 LINES = 16  # of logits, that a thread does in one go
 
 
@@ -45,8 +46,8 @@ class _Piece:
 class DropoutSampler:
     """MC dropout (Gal, Ghahramani 2016): samples of a net whose dropout stays on.
 
-    The net is looked at once, here; `how` says what it allows. The same seed gives the same moments, bit for bit,
-    however many threads there are.
+    The net is looked at once, here; `how` says what it allows. The same seed gives the same masks; the sums do not
+    depend on how many threads make them.
 
     Raises:
         ModelError: no dropout with p > 0 is on the way to the logits.
@@ -57,15 +58,18 @@ class DropoutSampler:
     ):
         check_backend(backend, precision)
         self.model = model
-        self.stochastic = tuple(require_dropout(model, drop_path))
-        plan = make_plan(model, set(self.stochastic))
+        found = require_dropout(model, drop_path)
+        plan = make_plan(model, set(found))
+        self.stochastic = tuple(dict.fromkeys(name for name, _ in plan.draws))
+        self.functional = functional_dropout(model)
         self.plan: Plan = replace(plan, operators=())
-        self.tail: LinearTail | None = find_tail(model, plan) if model.device.type == "cpu" else None
         self.backend = "torch fp32"
+        with self.ready(), torch.no_grad():
+            self.tail: LinearTail | None = find_tail(model, plan)
         if self.tail:
             with self.ready():
-                part = _UpToDropout(model.module, self.plan)
-                chosen = choose(part, self.tail.confidence, model.device, backend, precision, streams)
+                part = UpToDropout(model.module, self.plan)
+                chosen = choose(part, self.tail.confidence, model.device, model.divisor, backend, precision, streams)
             self.features, self.backend = chosen.run, chosen.about
         elif backend == "openvino" or precision == "bf16":
             raise ValueError(
@@ -80,11 +84,16 @@ class DropoutSampler:
             passes = self.plan.note
         elif self.tail:
             passes = f"one pass up to {self.tail.dropout}; what follows is linear, all samples in one product"
+            if self.tail.resize is not None:
+                passes += (
+                    "; of photos that are resized for the net or cut into pieces, one torch pass a sample from there"
+                )
         else:
             passes = (
                 f"one pass for what comes before the masks, {len(self.plan.settled)} results kept; then one a sample"
             )
-        return {"stochastic": list(self.stochastic), "passes": passes, "backend": self.backend}
+        how = {"stochastic": list(self.stochastic), "passes": passes, "backend": self.backend}
+        return how | ({"functional_dropout_left_off": self.functional} if self.functional else {})
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -106,13 +115,19 @@ class DropoutSampler:
         """
         if samples < 2:
             raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
-        H, W = rgb.shape[:2]
-        moments = Moments.empty(len(self.model.classes), H, W)
+        H, W, C = *rgb.shape[:2], len(self.model.classes)
+        if 4 * (2 * C + 1) * H * W > MOST:
+            raise ModelError(
+                f"{self.model.name}: the moments of {C} classes at {W}x{H} pixels take {4 * (2 * C + 1) * H * W / 2**30:.1f} GiB."
+                f" Expected at most {MOST / 2**30:.0f}. Make the picture smaller, or cut it."
+            )
+        moments = Moments.empty(C, H, W)
         with torch.inference_mode(), self.ready():
-            for piece in _cut(at_scale(self.model, rgb, scale), H, W, tile, self.model.divisor):
-                if self.tail and (self.tail.resize is None or piece.rgb.shape[:2] == (H, W)):
-                    self._add_linear(self.tail, moments, piece, samples, seed)
-                else:
+            resized = at_scale(self.model, rgb, scale)
+            as_it_is = resized.shape == rgb.shape and max(H, W) <= tile
+            for piece in _cut(resized, H, W, tile, self.model.divisor):
+                linear = self.tail is not None and (self.tail.resize is None or as_it_is)
+                if not (linear and self._add_linear(moments, piece, samples, seed)):
                     self._add_passes(moments, piece, samples, seed)
         moments.n = samples
         if not torch.isfinite(moments.entropy_HW.sum()):
@@ -122,15 +137,16 @@ class DropoutSampler:
     def _add_passes(self, moments: Moments, piece: _Piece, samples: int, seed: int) -> None:
         """A pass for each sample, sharing what is settled."""
         h, w = piece.rgb.shape[:2]
-        value, session = net_input(self.model, piece.rgb), Session(self.plan)
+        value, session, full = net_input(self.model, piece.rgb), Session(self.plan), bool(self.plan.note)
         at_once = max(1, min(AT_ONCE, HELD // (4 * len(self.model.classes) * h * w)))
         for first in range(0, samples, at_once):
             chunk = range(first, min(first + at_once, samples))
             logits_SChw = torch.empty(len(chunk), len(self.model.classes), h, w)
             for sample, logits_Chw in zip(chunk, logits_SChw, strict=True):
-                session.begin(Masks(seed, [sample]), full=bool(self.plan.note))
+                session.begin(Masks(seed, [sample]), full)
                 with in_session(session):
                     logits_Chw.copy_(net_logits(self.model, value)[:, :h, :w])
+                full = full or not session.as_planned()
 
             def add(band: slice, logits_SChw: Tensor = logits_SChw, first: int = first) -> None:
                 rows = slice(piece.rows.start + band.start, piece.rows.start + band.stop)
@@ -140,16 +156,19 @@ class DropoutSampler:
 
             _on_all_cores(add, list(_bands(piece.row_position, max(1, h // 8))))
 
-    def _add_linear(self, tail: LinearTail, moments: Moments, piece: _Piece, samples: int, seed: int) -> None:
-        """One pass up to the dropout; from there all samples in one product, a band of rows at a time."""
-        h, w = piece.rgb.shape[:2]
+    def _add_linear(self, moments: Moments, piece: _Piece, samples: int, seed: int) -> bool:
+        """One pass up to the dropout; from there all samples in one product. False, where the net is not so for this size."""
+        tail, h, w = self.tail, *piece.rgb.shape[:2]
+        assert tail is not None
         value = net_input(self.model, piece.rgb)
         features_KHW = planes(self.features(value)[0].float())
+        below, beside = features_KHW.shape[1:]
+        if (below * tail.stride[0], beside * tail.stride[1]) != value.shape[2:]:
+            return False
         dropout = dict(self.model.module.named_modules())[tail.dropout]
         kept_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1).numpy() > 0
         row_position, column_position = piece.row_position, piece.column_position
         if tail.resize is not None:  # the picture is at the net's scale: its pixels lie in the padded input as they are
-            below, beside = features_KHW.shape[1:]
             row_position = positions(below, value.shape[2], tail.resize)[:h]
             column_position = positions(beside, value.shape[3], tail.resize)[:w]
 
@@ -160,24 +179,7 @@ class DropoutSampler:
                 tail.add(moments, features_KHW, kept, rows, piece.columns, row_position[band], column_position, first)
 
         _on_all_cores(add, list(_bands(row_position, LINES)))
-
-
-class _UpToDropout(nn.Module):
-    """A net up to its first stochastic call, as a module of its own; to be called where the net is intercepted."""
-
-    def __init__(self, net: nn.Module, plan: Plan):
-        super().__init__()
-        self.net, self.plan = net, plan
-
-    def forward(self, value: Tensor) -> Tensor:
-        session = Session(self.plan)
-        session.begin(None, stop=True)
-        try:
-            with in_session(session):
-                self.net(value)
-        except Reached as reached:
-            return reached.value
-        raise AssertionError("the plan has a draw")
+        return True
 
 
 def _cut(rgb: UInt8[np.ndarray, "h w 3"], H: int, W: int, tile: int, divisor: int) -> Iterator[_Piece]:
@@ -217,13 +219,9 @@ def _on_all_cores(work: Callable[[slice], None], items: list[slice]) -> None:
     processor is many times slower at numbers below 1e-38.
     """
 
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-
     def alone(item: slice) -> None:
         with torch.inference_mode():
             work(item)
 
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=prepare) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_flush_denormal, initargs=(True,)) as pool:
         list(pool.map(alone, items))

@@ -11,17 +11,17 @@ drops. So memory does not grow with S, and 20 samples cost less than the pass be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seguncert.dropout import CHANNELWISE
+from seguncert.dropout import Masks, probe_input
 from seguncert.fused import accumulate_linear
-from seguncert.model import Model
+from seguncert.model import Model, net_logits
 from seguncert.moments import Moments
-from seguncert.prefix import Plan
+from seguncert.prefix import Plan, Reached, Session, in_session
 
 PASSED_ON = (
     "select",
@@ -35,7 +35,10 @@ PASSED_ON = (
 
 @dataclass(frozen=True)
 class LinearTail:
-    """`dropout` is the module whose input the features are; `resize` is None, or the operator's align_corners."""
+    """`dropout` is the module whose input the features are, `stride` how many pixels a feature spans each way.
+
+    `resize` is None, or the operator's align_corners.
+    """
 
     dropout: str
     p: float
@@ -44,13 +47,17 @@ class LinearTail:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     resize: bool | None
+    stride: tuple[int, int]
+
+    def plain(self, features_1KHW: Tensor) -> Tensor:
+        """Logits (1, C, H, W) before any resize, of features as they are."""
+        return nn.functional.conv2d(
+            features_1KHW, self.weight_CKij, self.bias_C, padding=self.padding, dilation=self.dilation
+        )
 
     def confidence(self, features_1KHW: Tensor) -> Tensor:
         """Of the pass that drops nothing."""
-        logits = nn.functional.conv2d(
-            features_1KHW, self.weight_CKij, self.bias_C, padding=self.padding, dilation=self.dilation
-        )
-        return logits.softmax(1).amax(1)
+        return self.plain(features_1KHW).softmax(1).amax(1)
 
     def add(
         self, moments: Moments, features_KHW: Tensor, kept_SK: np.ndarray, rows: slice, columns: slice,
@@ -72,8 +79,11 @@ class LinearTail:
 
 
 def find_tail(model: Model, plan: Plan) -> LinearTail | None:
-    """The tail of a traced net, or None where more than a convolution and a resize follow the dropout."""
-    if len(plan.draws) != 1 or plan.note:
+    """The tail of a traced net, or None where more than a convolution and a resize follow the dropout.
+
+    What the trace suggests is proved on its picture: the tail must give the logits of full passes.
+    """
+    if len(plan.draws) != 1 or plan.note or model.device.type != "cpu":
         return None
     name = plan.draws[0][0]
     module = dict(model.module.named_modules())[name]
@@ -86,12 +96,51 @@ def find_tail(model: Model, plan: Plan) -> LinearTail | None:
         ("convolution", "upsample_bilinear2d"),
     ):
         return None
-    assert isinstance(module, CHANNELWISE)
     _, weight, bias, stride, padding, dilation, transposed, _, groups = operators[0][1]
-    if transposed or groups != 1 or set(stride) != {1} or weight.dtype != torch.float32:
+    same_size = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True))
+    p = float(module.p)
+    if transposed or groups != 1 or set(stride) != {1} or weight.dtype != torch.float32 or not same_size or p >= 1:
         return None
     resize = bool(operators[1][1][2]) if len(operators) == 2 else None
     weight, bias = weight.detach(), torch.zeros(len(weight)) if bias is None else bias.detach()
+
+    probe, session = probe_input(model), Session(plan)
+    features_1KHW = UpToDropout(model.module, plan)(probe)
+    across = (probe.shape[2] // features_1KHW.shape[2], probe.shape[3] // features_1KHW.shape[3])
+    tail = LinearTail(name, p, weight, bias, tuple(padding), tuple(dilation), resize, across)
+    for sample in range(3):
+        session.begin(Masks(0, [sample]), full=True)
+        with in_session(session):
+            expected_CHW = net_logits(model, probe)
+        logits_1CHW = tail.plain(Masks(0, [sample]).apply(module, features_1KHW))
+        if resize is not None:
+            logits_1CHW = nn.functional.interpolate(
+                logits_1CHW, size=probe.shape[2:], mode="bilinear", align_corners=resize
+            )
+        expected_CHW = expected_CHW[1:] if model.head == "sigmoid" else expected_CHW
+        if logits_1CHW[0].shape != expected_CHW.shape or not torch.allclose(
+            logits_1CHW[0], expected_CHW, rtol=1e-4, atol=1e-5
+        ):
+            return None
     if model.head == "sigmoid":  # the two logits (0, z)
         weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros(1), bias])
-    return LinearTail(name, float(module.p), weight, bias, tuple(padding), tuple(dilation), resize)
+    return replace(tail, weight_CKij=weight, bias_C=bias)
+
+
+class UpToDropout(nn.Module):
+    """A net up to its first stochastic call, as a module of its own; to be called where the net is intercepted."""
+
+    def __init__(self, net: nn.Module, plan: Plan):
+        super().__init__()
+        self.net, self.plan = net, plan
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The features that the dropout is given."""
+        session = Session(self.plan)
+        session.begin(None, stop=True)
+        try:
+            with in_session(session):
+                self.net(value)
+        except Reached as reached:
+            return reached.value
+        raise AssertionError("the plan has a draw")

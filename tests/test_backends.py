@@ -12,7 +12,8 @@ from torch import nn
 from seguncert import backends
 from seguncert.backends import choose
 from seguncert.batch import export
-from seguncert.model import load_model
+from seguncert.model import load_model, wrap_model
+from seguncert.predict import on_backend, predict_logits
 from seguncert.sampling import DropoutSampler
 
 CPU = torch.device("cpu")
@@ -30,16 +31,42 @@ def part():
 
 
 def test_torch_in_fp32_is_the_part_itself(part):
-    assert choose(part, confidence, CPU, "torch", "auto").run is part
-    assert choose(part, confidence, CPU, "torch", "fp32").about == "torch fp32"
+    assert choose(part, confidence, CPU, 32, "torch", "auto").run is part
+    assert choose(part, confidence, CPU, 32, "torch", "fp32").about == "torch fp32"
 
 
 def test_torch_in_bf16_says_how_far_off_it_is(part):
-    chosen = choose(part, confidence, CPU, "torch", "bf16")
+    chosen = choose(part, confidence, CPU, 32, "torch", "bf16")
     assert chosen.about.startswith("torch bf16, confidence ") and "from torch fp32 on average" in chosen.about
     value = torch.randn(1, 3, 32, 32)
     off = (confidence(chosen.run(value)) - confidence(part(value))).abs().mean()
     assert 0 < off < backends.TOLERANCE
+
+
+class Insists(nn.Module):
+    """Takes only pictures whose sides divide by 48; has what eval mode must hold still."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+
+    def forward(self, value):
+        assert value.shape[2] % 48 == value.shape[3] % 48 == 0
+        return self.layers(value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_divisor_and_a_net_in_training_mode(precision):
+    net = Insists().train()
+    model = wrap_model(net, list("abcd"), divisor=48)
+    before = [value.clone() for value in net.state_dict().values()]
+    other, _ = on_backend(model, "torch", precision)
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    first, second = predict_logits(other, rgb), predict_logits(other, rgb)
+    assert torch.equal(first, second) and other.device == model.device
+    torch.testing.assert_close(first, predict_logits(model, rgb), atol=0.05, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+    assert all(module.training for module in net.modules())
 
 
 def test_what_does_not_agree_is_refused(part, monkeypatch):
@@ -47,7 +74,7 @@ def test_what_does_not_agree_is_refused(part, monkeypatch):
     with pytest.raises(
         ValueError, match=r"torch bf16: confidence is 0\.\d+ from torch fp32 on average, more than 0.025"
     ):
-        choose(part, confidence, CPU, "torch", "bf16")
+        choose(part, confidence, CPU, 32, "torch", "bf16")
 
 
 def test_auto_falls_back_to_torch_in_fp32(part, monkeypatch):
@@ -56,11 +83,11 @@ def test_auto_falls_back_to_torch_in_fp32(part, monkeypatch):
 
     monkeypatch.setattr(backends, "_installed", lambda: True)
     monkeypatch.setattr(backends, "_openvino", fail)
-    assert choose(part, confidence, CPU, "auto", "auto").about == "torch fp32"
+    assert choose(part, confidence, CPU, 32, "auto", "auto").about == "torch fp32"
     with pytest.raises(
         ValueError, match="openvino fp32: RuntimeError: an operator that no converter knows. Set it to auto"
     ):
-        choose(part, confidence, CPU, "openvino", "fp32")
+        choose(part, confidence, CPU, 32, "openvino", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -72,19 +99,19 @@ def test_auto_falls_back_to_torch_in_fp32(part, monkeypatch):
 )
 def test_wrong_settings(part, settings, message):
     with pytest.raises(ValueError, match=message):
-        choose(part, confidence, CPU, *settings)
+        choose(part, confidence, CPU, 32, *settings)
 
 
 def test_openvino_that_is_not_installed_is_one_line(part, monkeypatch):
     monkeypatch.setattr(backends, "_installed", lambda: False)
     with pytest.raises(ValueError, match="openvino is not installed: pip install 'seguncert.openvino.'"):
-        choose(part, confidence, CPU, "openvino", "auto")
-    assert choose(part, confidence, CPU, "auto", "auto").about == "torch fp32"
+        choose(part, confidence, CPU, 32, "openvino", "auto")
+    assert choose(part, confidence, CPU, 32, "auto", "auto").about == "torch fp32"
 
 
 @openvino
 def test_openvino_in_fp32_gives_torchs_numbers_at_any_size(part):
-    chosen = choose(part, confidence, CPU, "openvino", "fp32")
+    chosen = choose(part, confidence, CPU, 32, "openvino", "fp32")
     assert chosen.about.startswith("openvino fp32")
     for size in ((32, 64), (96, 40)):
         value = torch.randn(1, 3, *size)
@@ -96,7 +123,7 @@ def test_openvino_in_fp32_gives_torchs_numbers_at_any_size(part):
 def test_openvino_does_not_report_to_its_maker():
     code = (
         "import torch, sys; from torch import nn; from seguncert.backends import _openvino;"
-        "_openvino(nn.Conv2d(3, 2, 1), 'fp32', 1); import openvino.tools.ovc.telemetry_utils as used;"
+        "_openvino(nn.Conv2d(3, 2, 1), 'fp32', 1, 32); import openvino.tools.ovc.telemetry_utils as used;"
         "print(used.tm.__name__, sys.modules['openvino_telemetry'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

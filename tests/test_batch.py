@@ -209,7 +209,7 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
             batch._settings(
                 batch._Job(
                     pictures,
-                    batch.check_settings("none", None, 20),
+                    batch.check_settings("none", None, 20, 0),
                     "auto",
                     "png16",
                     batch.MAX_PIXELS,

@@ -95,6 +95,12 @@ def test_a_batch_of_samples_has_the_masks_of_each():
     assert torch.equal(together, torch.cat([Masks(7, [k]).apply(module, value) for k in range(4)]))
 
 
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
+def test_each_row_of_a_batch_has_a_mask_of_its_own(kind):
+    drawn = Masks(0, [0]).apply(kind(0.5), torch.ones(5, 40, 2, 2))  # windows or tokens in the first dimension
+    assert len({row.numpy().tobytes() for row in drawn}) == 5
+
+
 def test_torch_is_not_asked_for_random_numbers():
     model, state = wrap(Net(Functional())), torch.random.get_rng_state()
     Masks(0, [0]).apply(nn.Dropout(0.5), torch.ones(1, 3))
@@ -120,14 +126,14 @@ def test_stochastic_depth_is_an_option():
     [
         (nn.ReLU(), "it has no dropout. Put"),
         (nn.Dropout2d(0.0), r"its dropout has p = 0 \(middle\)"),
-        (DropPath(0.1), r"stochastic depth is off \(middle\)"),
+        (DropPath(0.1), r"stochastic depth \(middle\) is not taken for dropout"),
         (Functional(), "middle call dropout as a function"),
     ],
 )
 def test_without_dropout_the_choices_are_named(middle, reason):
     with pytest.raises(ModelError, match=f"net: mc-dropout would give the same.*{reason}") as caught:
         require_dropout(wrap(Net(middle)))
-    assert "insert-dropout PLACE:P (places: first, last), or use the method tta or ensemble" in str(caught.value)
+    assert "insert-dropout PLACE:P (places: first, last), or use the method none" in str(caught.value)
 
 
 def test_looking_for_functional_dropout_leaves_the_net_as_it_was():

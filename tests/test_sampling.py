@@ -1,5 +1,7 @@
 """MC dropout on a photo: the linear tail, shared passes and full passes agree; tiles do not show; nothing is silent."""
 
+import threading
+
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import seguncert
 from seguncert.dropout import Masks
 from seguncert.model import ModelError, net_logits, put_dropout, wrap_model
 from seguncert.moments import Moments
-from seguncert.predict import net_input
+from seguncert.predict import net_input, predict_logits
 from seguncert.prefix import Session, in_session
 from seguncert.sampling import DropoutSampler
 
@@ -81,6 +83,127 @@ def test_the_moments_of_full_passes(net, linear, photo):
     assert_same(sampler.moments(photo, 20, seed=4), expected, 2e-6)
 
 
+class Head(nn.Module):
+    """Dropout, a convolution, and something of the net's own after it."""
+
+    def __init__(self, after, out=3, p=0.4, kernel=1, padding=0):
+        super().__init__()
+        self.first, self.drop = nn.Conv2d(3, 6, 1), nn.Dropout2d(p)
+        self.last, self.side, self.after = nn.Conv2d(6, out, kernel, padding=padding), nn.Conv2d(3, 1, 1), after
+
+    def forward(self, x):
+        return self.after(self.last(self.drop(self.first(x))), self.side(x))
+
+
+@pytest.mark.parametrize(
+    "head, linear",
+    [
+        (lambda: Head(lambda y, x: y), True),
+        (lambda: Head(lambda y, x: y[:, 1:], out=4), False),
+        (lambda: Head(lambda y, x: torch.cat([x, y], 1), out=2), False),
+        (lambda: Head(lambda y, x: y[:, :, 2:, 2:]), False),
+        (lambda: Head(lambda y, x: y, kernel=3), False),  # smaller by its border, and resized after it
+        (lambda: Head(lambda y, x: y, kernel=3, padding=2), False),
+        (lambda: Head(lambda y, x: y, p=1.0), False),
+    ],
+)
+def test_what_only_looks_linear_takes_full_passes(head, linear, photo):
+    torch.manual_seed(2)
+    sampler = DropoutSampler(wrap(head().eval()))
+    assert bool(sampler.tail) == linear
+    assert_same(sampler.moments(photo, 6, seed=1), full_passes(sampler, photo, 6, seed=1), 1e-5)
+
+
+@pytest.mark.parametrize("channels", [128, 129, 256])
+def test_many_channels(channels, photo):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Dropout2d(0.3), nn.Conv2d(channels, 3, 1))
+    sampler = DropoutSampler(wrap(net.eval()))
+    assert sampler.tail
+    assert_same(sampler.moments(photo, 4), full_passes(sampler, photo, 4, 0), 1e-5)
+
+
+@pytest.mark.parametrize("C", [128, 150, 255])
+def test_many_classes(C, photo):
+    torch.manual_seed(0)
+    model = wrap(nn.Conv2d(3, C, 1).to(memory_format=torch.channels_last), C)
+    expected = net_logits(model, net_input(model, photo))[:, : photo.shape[0], : photo.shape[1]]
+    torch.testing.assert_close(predict_logits(model, photo), expected.detach())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1300), (40, 1300), (3, 511)])
+@pytest.mark.parametrize("p", [0.2, 0.8])
+def test_odd_sizes(size, p):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.Dropout2d(p), nn.Conv2d(12, 3, 3, padding=1))
+    rgb = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    sampler = DropoutSampler(wrap(net.eval()))
+    assert sampler.tail
+    assert_same(sampler.moments(rgb, 5), full_passes(sampler, rgb, 5, 0), 1e-5)
+    whole = sampler.moments(rgb, 5, scale=1.5)
+    sampler.tail = None
+    assert_same(whole, sampler.moments(rgb, 5, scale=1.5), 1e-5)
+
+
+def test_a_piece_of_the_photos_own_size_is_not_the_photo():
+    sampler = DropoutSampler(wrap(fpn()))
+    rgb = np.random.default_rng(1).integers(0, 256, (416, 416, 3), dtype=np.uint8)
+    cut = sampler.moments(rgb, 2, scale=2.0, tile=700)
+    sampler.tail = None
+    assert_same(cut, sampler.moments(rgb, 2, scale=2.0, tile=700), 1e-5)
+
+
+class CallsMore(nn.Module):
+    """Cuts a wide picture in two by itself: more calls of everything than on the trace's picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        return torch.cat([self.b(self.drop(self.a(part))) for part in x.split(128, 3)], 3)
+
+
+def test_a_photo_that_makes_the_net_draw_more_masks_than_foreseen():
+    torch.manual_seed(0)
+    sampler = DropoutSampler(wrap(CallsMore().eval()))
+    rgb = np.random.default_rng(1).integers(0, 256, (64, 256, 3), dtype=np.uint8)
+    moments = sampler.moments(rgb, 20)
+    assert_same(moments, full_passes(sampler, rgb, 20, 0), 1e-5)
+    halves = moments.variance_CHW().sum(0).split(128, 1)
+    assert all(half.mean() > 1e-4 for half in halves)
+
+
+def test_dropout_that_is_left_off_is_said():
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 1))
+    net[0].register_forward_hook(lambda module, _, y: nn.functional.dropout(y, 0.5, module.training))
+    assert DropoutSampler(wrap(net.eval())).how["functional_dropout_left_off"] == ["0"]
+
+
+def test_a_picture_too_large_for_its_moments_is_one_line():
+    sampler = DropoutSampler(
+        wrap(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout2d(0.4), nn.Conv2d(2, 200, 1)).eval(), 200)
+    )
+    with pytest.raises(
+        ModelError, match="the moments of 200 classes at 2000x1500 pixels take 4.5 GiB. Expected at most 4"
+    ):
+        sampler.moments(np.zeros((1500, 2000, 3), np.uint8), 2)
+
+
+def test_the_threads_of_the_process_stay(photo):
+    sampler, found = DropoutSampler(wrap(unet())), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sampler.moments(photo, 2)
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert found == [2] and torch.tensor(1e-40) * 1 > 0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_sigmoid_head_becomes_two_classes(photo):
     sampler = DropoutSampler(wrap(unet(classes=1), 2, head="sigmoid"))
     expected = full_passes(sampler, photo, 6, seed=0)
@@ -99,23 +222,22 @@ def test_a_photo_that_is_resized_for_the_net(net, photo):
     assert moments.mean_CHW.shape == (3, 140, 218)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bits_do_not_depend_on_threads(threads, photo):
+def test_sums_do_not_depend_on_threads(photo):
     sampler, before = DropoutSampler(wrap(unet())), torch.get_num_threads()
-    big = cv2.resize(photo, (640, 480))
+    big, found = cv2.resize(photo, (640, 480)), []
+    with torch.inference_mode(), sampler.ready():
+        features = sampler.features(net_input(sampler.model, big))
+    sampler.features = lambda _: features
     try:
-        found = []
-        for count in (1, threads):
-            torch.set_num_threads(1)
-            with torch.inference_mode():
-                sampler.model.module(torch.zeros(1, 3, 64, 64))
-            torch.set_num_threads(count)
-            found.append(sampler.moments(big, 4))
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(sampler.moments(big, 40))
     finally:
         torch.set_num_threads(before)
-    if threads == 1:
-        assert all(torch.equal(getattr(found[0], f), getattr(found[1], f)) for f in ("mean_CHW", "squares_CHW"))
-    assert_same(*found, 1e-5)  # the net itself may sum in another order
+    for other in found[1:]:
+        assert all(
+            torch.equal(getattr(found[0], f), getattr(other, f)) for f in ("mean_CHW", "squares_CHW", "entropy_HW")
+        )
 
 
 def test_samples_beyond_a_chunk_and_another_seed(photo):
@@ -171,6 +293,7 @@ def test_a_net_without_dropout_is_an_error_that_names_the_choices(photo):
     [
         ({"method": "dropout"}, "method: expected one of none, mc-dropout. Received: 'dropout'"),
         ({"method": "mc-dropout", "samples": 1}, "samples: expected at least 2"),
+        ({"method": "mc-dropout", "seed": -1}, "seed: expected 0 or more. Received: -1"),
         ({"maps": ["variance"]}, "maps: variance describe the spread of samples"),
     ],
 )
