@@ -217,6 +217,8 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
                     20,
                     0,
                     {},
+                    "torch",
+                    "auto",
                 ),
                 seguncert.load_model(small_model, "auto"),
                 {"backend": "torch fp32"},
