@@ -36,7 +36,7 @@ def render_report(
 
     Args:
         run: the settings of the run. Read are `model` (`name`, `sha256`, `classes`, `colours`), `maps` (by name:
-            `title`, `unit`, `full_scale`, `sure_is`, `about`; the first one orders the gallery), `calibration`,
+            `title`, `unit`, `full_scale`, `sure_is`, `about`, `drawn_to` (1 if missing); the first one orders the gallery), `calibration`,
             `method`, and where they are there `input`, `format`, `version` or `seguncert`.
         rows: one per input image: `path`, `status` ("ok" or anything else), `error`, `note`, `height`, `width` and
             for each map `<name>_mean` in [0, 1]. A path may hold any character a file name may.
@@ -63,6 +63,8 @@ def render_report(
         version=run.get("version") or run.get("seguncert") or "",
         maps=maps,
         calibrated=run["calibration"] != "none",
+        samples=run.get("samples"),
+        drawn_to=maps[0].get("drawn_to", 1.0),
         done=len(done),
         failed=failed[:FAILED_LISTED],
         failed_count=len(failed),
@@ -105,22 +107,31 @@ def _histogram(info: dict[str, Any], counts: list[int]) -> dict[str, Any]:
     total, bins = sum(counts), len(counts)
     shares = [count / total if total else 0.0 for count in counts]
     wide, tall = (PLOT["right"] - PLOT["left"]) / bins, PLOT["bottom"] - PLOT["top"]
-    ramp = doubt_ramp(info["sure_is"])
+    ramp, drawn_to = doubt_ramp(info["sure_is"]), info.get("drawn_to", 1.0)
     bars = []
     for i, share in enumerate(shares):
         if share > 0:
             height = max(1.0, tall * (1 + math.log10(share) / DECADES))
             bars.append({
                 "x": f"{PLOT['left'] + i * wide:.2f}", "y": f"{PLOT['bottom'] - height:.2f}",
-                "width": f"{wide:.2f}", "height": f"{height:.2f}", "colour": _css(ramp[(2 * i + 1) * 128 // bins]),
+                "width": f"{wide:.2f}", "height": f"{height:.2f}", "colour": _css(ramp[min(255, int((2 * i + 1) * 128 / bins / drawn_to))]),
                 "title": f"{i / bins:.3g} to {(i + 1) / bins:.3g}: {_percent(share)} ({counts[i]:,} pixels)",
             })  # fmt: skip
     below, reached = 0, 0
     while reached < bins and 2 * (below + counts[reached]) < total:
         below, reached = below + counts[reached], reached + 1
-    half = bins // 2
-    doubtful = sum(counts[:half] if info["sure_is"] == "high" else counts[half:])
-    side = "below" if info["sure_is"] == "high" else "above"
+    if drawn_to < 1:  # such maps are low-is-sure
+        first = math.ceil(drawn_to * bins)
+        words = (
+            f"{_percent(sum(counts[first:]) / total)} are above {first / bins:.3g}, where the colours of the overlays end."
+            if total
+            else ""
+        )
+    else:
+        half = bins // 2
+        doubtful = sum(counts[:half] if info["sure_is"] == "high" else counts[half:])
+        side = "below" if info["sure_is"] == "high" else "above"
+        words = f"{_percent(doubtful / total)} of the pixels are in the doubtful half, {side} 0.5." if total else ""
     return {
         "info": info,
         "bars": bars,
@@ -129,8 +140,7 @@ def _histogram(info: dict[str, Any], counts: list[int]) -> dict[str, Any]:
             (f"{PLOT['left'] + (PLOT['right'] - PLOT['left']) * v:.1f}", f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1)
         ],
         "ends": ("doubtful", "sure") if info["sure_is"] == "high" else ("sure", "doubtful"),
-        "words": f"The median pixel lies between {reached / bins:.3f} and {(reached + 1) / bins:.3f}; "
-        f"{_percent(doubtful / total)} of the pixels are in the doubtful half, {side} 0.5. {total:,} pixels in all."
+        "words": f"The median pixel lies between {reached / bins:.3f} and {(reached + 1) / bins:.3f}; {words} {total:,} pixels in all."
         if total
         else "No pixels.",
     }

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from seguncert.dropout import Masks, require_dropout
-from seguncert.model import ModelError, evaluating, net_logits, put_dropout, wrap_model
+from seguncert.model import ModelError, evaluating, load_model, net_logits, put_dropout, wrap_model
 from seguncert.prefix import Session, in_session, intercepting, make_plan
 
 
@@ -244,3 +244,11 @@ def test_threads_have_sessions_of_their_own():
         [thread.join() for thread in threads]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert "forward" not in vars(model.module.drop)
+
+
+def test_bit_for_bit_of_the_bundled_model():
+    model = load_model("street", "cpu")
+    plan = make_plan(model, set(require_dropout(model)))
+    assert {name for name, _ in plan.settled} == {"encoder", "decoder"}
+    value = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(passes(model, plan, value, False), passes(model, plan, value, True))

@@ -8,6 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
+from seguncert.render import doubt_ramp
 from seguncert.report import render_report
 
 MAPS = {
@@ -219,3 +220,16 @@ def test_the_gallery_itself(tmp_path: Path):
         assert tab.evaluate("document.activeElement.title") == "odd one out"
         browser.close()
     assert not troubles
+
+
+def test_maps_whose_colours_end_early_say_so_and_are_coloured_alike():
+    disagreement = {
+        "unit": "nat", "full_scale": 2.4, "sure_is": "low", "title": "Mutual information", "about": "Of samples.", "drawn_to": 0.1,
+    }  # fmt: skip
+    counts = [90, 0, 0, 0, 0, 0, 0, 6, 0, 0, 4] + [0] * 53
+    run = RUN | {"maps": {"mutual_information": disagreement}, "method": "mc-dropout", "samples": 20}
+    html = page([], run, {"mutual_information": counts})
+    assert "from 20 samples of the network's softmax" in html and "and end at 0.1 of full scale" in html
+    assert "10 % are above 0.109, where the colours of the overlays end. 100 pixels in all." in html
+    doubtful = "#{:02x}{:02x}{:02x}".format(*tuple(doubt_ramp("low")[255][:3]))
+    assert html.count(f'fill="{doubtful}"') == 2
