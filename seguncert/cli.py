@@ -13,7 +13,7 @@ from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -38,11 +38,6 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Method(str, Enum):
-    none = "none"
-    mc_dropout = "mc-dropout"
 
 
 class Backend(str, Enum):
@@ -87,10 +82,34 @@ def _options(
 def export(
     source: Annotated[Path, typer.Argument(metavar="IN", help="folder of images, with subfolders")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; an unfinished one is gone on with")],
-    model: ModelOption = "street",
-    method: Annotated[Method, typer.Option(help="one pass, or many with dropout on")] = Method.none,
-    samples: Annotated[int, typer.Option(min=2, help="of mc-dropout")] = 20,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bundled model (see `seguncert models`) or a model folder; several times for an ensemble [default: street]"
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="none is one pass; mc-dropout many with dropout on, sampling-free its limit by formulas, tta mirrored and at"
+            " other scales, ensemble several models; + combines: mc-dropout+tta"
+        ),
+    ] = "none",
+    samples: Annotated[
+        str, typer.Option(help="of mc-dropout, a number; auto: until the first map is known to max-error")
+    ] = "20",
     seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
+    views: Annotated[
+        str | None,
+        typer.Option(
+            help="of tta: flip, flip-vertical, factors of the scale; comma between, all are combined"
+            " [default: flip,0.8,1.25 for models of whole frames, else both flips]"
+        ),
+    ] = None,
+    max_error: Annotated[
+        float,
+        typer.Option(help="of samples auto: standard error that 99 % of the pixels may have, as a share of full scale"),
+    ] = 0.01,
     insert_dropout: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,8 +120,8 @@ def export(
     maps: Annotated[
         str | None,
         typer.Option(
-            help="any of confidence, entropy, margin, and with samples mutual_information, variance, expected_entropy;"
-            " comma between; the first is drawn [default: confidence,entropy and by method margin, or mutual_information,variance]"
+            help="any of confidence, entropy, margin, and but for the method none mutual_information, variance, expected_entropy;"
+            " comma between; the first is drawn [default: confidence,entropy and margin, or mutual_information,variance]"
         ),
     ] = None,
     scale: ScaleOption = "auto",
@@ -127,24 +146,27 @@ def export(
     run.json and a ledger. Stopped or failed, the same command goes on. Exit status 1: some images failed.
     """
     with _one_line_errors():
-        err.print(f"loading {model} …")
+        names = model or ["street"]
+        err.print(f"loading {', '.join(names)} …")
         from seguncert.batch import export
 
         job = partial(
             export,
             source,
             out,
-            model,
-            method=method.value,
-            samples=samples,
+            names if len(names) > 1 else names[0],
+            method=method,
+            samples=_samples(samples),
             seed=seed,
+            views=None if views is None else tuple(name.strip() for name in views.split(",")),
+            max_error=max_error,
             insert_dropout=dict(map(_place, insert_dropout or [])),
             maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,
             format=format.value,
         )
         code = _run_batch(
-            model,
+            ", ".join(names),
             out,
             partial(
                 job,
@@ -210,6 +232,13 @@ def page(
         from seguncert.apps.app import launch
 
         launch(model, host, port)
+
+
+def _samples(text: str) -> int | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"samples: expected a number, or auto. Received: {text!r}") from None
 
 
 def _place(text: str) -> tuple[str, float]:

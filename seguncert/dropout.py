@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seguncert.model import Model, ModelError, evaluating
+from seguncert.noise import keep_or_drop
 
 ALPHA = 1.7580993408473766  # minus the limit of SELU at −∞, of alpha dropout (Klambauer et al. 2017)
 CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
@@ -62,10 +63,18 @@ def require_dropout(model: Model, drop_path: bool = False) -> dict[str, nn.Modul
 
 
 class Masks:
-    """Masks of some samples, drawn for a pass: one after another in the order in which the stochastic modules are called."""
+    """Masks of some samples, drawn for a pass: one after another in the order in which the stochastic modules are called.
 
-    def __init__(self, seed: int, samples: Sequence[int]):
-        self.seed, self.samples, self.call = seed, tuple(samples), 0
+    Where the pass sees a piece of a picture, `origin` is where that begins in the whole (row and column) and `frame` the
+    size of the piece, both in pixels of the net's input; then masks of single values are those of their places in the
+    whole, as masks of channels are by themselves. `unplaced` says that a value had no place, as attention has none.
+    """
+
+    def __init__(
+        self, seed: int, samples: Sequence[int], origin: tuple[int, int] = (0, 0), frame: tuple[int, int] = (0, 0)
+    ):
+        self.seed, self.samples, self.origin, self.frame = seed, tuple(samples), origin, frame
+        self.call, self.unplaced = 0, False
 
     def apply(self, module: nn.Module, value_N: Tensor) -> Tensor:
         """What `module` in training mode makes of `value_N`; of a batch of one for each sample, where there are many."""
@@ -75,7 +84,7 @@ class Masks:
 
     def draw(self, module: nn.Module, value_N: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factor and, for the alpha kinds, summand."""
-        p = _probability(module)
+        p, alpha = _probability(module), isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
         assert len(self.samples) == 1 or len(value_N) == 1, "many samples are of a batch of one"
         if _is_drop_path(module):
             shape = (len(value_N), *(1,) * (value_N.ndim - 1))
@@ -83,19 +92,29 @@ class Masks:
             shape = (*value_N.shape[:2], *(1,) * (value_N.ndim - 2))
         else:
             shape = tuple(value_N.shape)
-        each = []
-        for sample in self.samples:
-            state = np.random.SeedSequence([self.seed, sample, self.call]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(state) >> 1)
-            each.append(torch.empty(shape).bernoulli_(1 - p, generator=generator))
+        kept = 1 / (1 - p) if p < 1 and not alpha and getattr(module, "scale_by_keep", True) else 1.0
+        noise_N = torch.cat([self._keep(sample, 1 - p, kept, shape, value_N) for sample in self.samples])
         self.call += 1
-        noise_N = torch.cat(each).to(value_N.device, value_N.dtype)
-        if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
+        noise_N = noise_N.to(value_N.device, value_N.dtype)
+        if alpha:
             scale = 1 / math.sqrt((ALPHA**2 * p + 1) * (1 - p)) if p < 1 else 0.0
             return noise_N * scale, (noise_N - 1) * (ALPHA * scale) + ALPHA * scale * p
-        if p < 1 and getattr(module, "scale_by_keep", True):
-            noise_N = noise_N.div_(1 - p)
         return noise_N, None
+
+    def _keep(self, sample: int, keep: float, kept: float, shape: tuple[int, ...], value_N: Tensor) -> Tensor:
+        """The mask of one sample: `kept` or 0."""
+        key = int(np.random.SeedSequence([self.seed, sample, self.call]).generate_state(1, np.uint64)[0])
+        if len(shape) != 4 or len(value_N) > 1:
+            self.unplaced |= len(value_N) > 1 or math.prod(shape[2:]) > 1
+            flat = (1, math.prod(shape[:-1]), shape[-1])
+            return torch.from_numpy(keep_or_drop(key, keep, kept, flat)).view(shape)
+        first, exact = list[int](), True
+        for start, length, whole in zip(self.origin, shape[2:], self.frame, strict=True):
+            exact = exact and (start == 0 or start * length % whole == 0)
+            first.append(start * length // whole if start and length > 1 else 0)
+        self.unplaced |= not exact and math.prod(shape[2:]) > 1
+        last = value_N.stride(1) == 1 and shape[1] > 1
+        return torch.from_numpy(keep_or_drop(key, keep, kept, shape[1:], (first[0], first[1]), last))[None]
 
 
 RANDOM = ("bernoulli", "rand", "dropout", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric")

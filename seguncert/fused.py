@@ -85,17 +85,6 @@ def _per_log(C: int) -> int:
     return max(1, int(85 / math.log(C)))
 
 
-def positions(length: int, size: int, align_corners: bool = False) -> np.ndarray:
-    """Where `size` pixels lie in a line of `length`, as in torch's bilinear resize.
-
-    >>> positions(2, 4)
-    array([0.  , 0.25, 0.75, 1.  ])
-    """
-    if align_corners:
-        return np.minimum(np.arange(size) * ((length - 1) / max(1, size - 1)), length - 1)
-    return np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
-
-
 def _neighbours(position: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Index of the line before each position, and how far it is from there to the next: [0, 1)."""
     first = np.clip(np.floor(position), 0, length - 1).astype(np.int32)

@@ -68,6 +68,23 @@ MAPS: dict[str, MapInfo] = {
 }  # fmt: skip
 OF_SOFTMAX = ("confidence", "entropy", "margin")
 OF_SAMPLES = ("mutual_information", "variance", "expected_entropy")
+METHODS = ("none", "mc-dropout", "sampling-free", "tta", "ensemble")
+
+
+def parse_method(method: str) -> frozenset[str]:
+    """The parts of a method, as mc-dropout+tta has two; ValueError where they do not go together."""
+    parts = method.split("+")
+    if (
+        any(part not in METHODS for part in parts)
+        or len(set(parts)) < len(parts)
+        or ("none" in parts and len(parts) > 1)
+    ):
+        raise ValueError(
+            f"method: expected none, or one or more of {', '.join(METHODS[1:])} with + between. Received: {method!r}"
+        )
+    if {"mc-dropout", "sampling-free"} <= set(parts):
+        raise ValueError(f"method: expected mc-dropout or sampling-free, which stands for it. Received: {method!r}")
+    return frozenset(parts) - {"none"}
 
 
 def check_names(names: Collection[str], sampled: bool = False) -> None:
@@ -80,7 +97,7 @@ def check_names(names: Collection[str], sampled: bool = False) -> None:
     missing = [name for name in names if name in OF_SAMPLES and not sampled]
     if missing:
         raise ValueError(
-            f"maps: {', '.join(missing)} describe the spread of samples, and one pass has none. Set the method to mc-dropout."
+            f"maps: {', '.join(missing)} describe the spread of samples, and one pass has none. Set a method that has: {', '.join(METHODS[1:])}."
         )
 
 

@@ -184,20 +184,26 @@ def wrap_model(
 
 def net_logits(model: Model, input_13HW: Tensor) -> Tensor:
     """Logits (C, h, w) float32 of one padded picture, at the size of the input."""
+    logits_Cab = raw_logits(model, input_13HW)
+    if logits_Cab.shape[-2:] == input_13HW.shape[-2:]:
+        return logits_Cab
+    return nn.functional.interpolate(
+        logits_Cab[None], size=input_13HW.shape[-2:], mode="bilinear", align_corners=False
+    )[0]
+
+
+def raw_logits(model: Model, input_13HW: Tensor) -> Tensor:
+    """Logits (C, a, b) float32 of one padded picture as the net gives them, which may be coarser than the input."""
     output = model.module(input_13HW)
     if isinstance(output, dict) and "out" in output:
         output = output["out"]
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.ndim != 4:
         raise ModelError(f"{model.name}: expected logits of shape (1, C, h, w). Received: {_shape(output)}")
-    if output.shape[-2:] != input_13HW.shape[-2:]:
-        output = nn.functional.interpolate(
-            output.float(), size=input_13HW.shape[-2:], mode="bilinear", align_corners=False
-        )
-    logits_CHW = output[0].float()
+    logits_Cab = output[0].float()
     if model.head == "sigmoid":
-        logits_CHW = torch.cat([torch.zeros_like(logits_CHW[:1]), logits_CHW])
-    return logits_CHW
+        logits_Cab = torch.cat([torch.zeros_like(logits_Cab[:1]), logits_Cab])
+    return logits_Cab
 
 
 class evaluating:

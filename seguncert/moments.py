@@ -16,6 +16,7 @@ deviations from the mean, which merges exactly (Chan, Golub, LeVeque 1983).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,39 @@ class Moments:
         self.entropy_HW.add_(entropy_HW - self.entropy_HW, alpha=n / total)
         self.n = total
 
-    def rows(self, rows: slice) -> Moments:
-        """A view of some rows."""
-        return Moments(self.mean_CHW[:, rows], self.squares_CHW[:, rows], self.entropy_HW[rows], self.n)
+    def at(self, rows: slice = slice(None), columns: slice = slice(None)) -> Moments:
+        """A view of some rows and columns."""
+        return self._each(lambda plane: plane[..., rows, columns])
+
+    def copy(self) -> Moments:
+        """The same numbers, not shared."""
+        return self._each(Tensor.clone)
+
+    def mirrored(self, axes: tuple[int, ...]) -> Moments:
+        """Of the mirror image: reversed along rows (0), columns (1) or both."""
+        return self._each(lambda plane: plane.flip([axis - 2 for axis in axes]))
+
+    def put(self, rows: slice, columns: slice, other: Moments) -> None:
+        """Set some rows and columns to another's."""
+        for mine, others in zip(self.at(rows, columns)._planes(), other._planes(), strict=True):
+            mine.copy_(others)
+        self.n = other.n
+
+    def weigh(self, weight: Float[Tensor, "#H #W"] | Float[Tensor, " W"]) -> None:
+        """Multiply what is known of each pixel by a weight. With `plus`, moments of as many samples are blended."""
+        for each in self._planes():
+            each.mul_(weight)
+
+    def plus(self, other: Moments) -> None:
+        """Add another's numbers to one's own, both of them weighted."""
+        for mine, others in zip(self._planes(), other._planes(), strict=True):
+            mine.add_(others)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Moments:
+        return Moments(change(self.mean_CHW), change(self.squares_CHW), change(self.entropy_HW), self.n)
+
+    def _planes(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mean_CHW, self.squares_CHW, self.entropy_HW
 
     def log_mean_CHW(self) -> Float[Tensor, "C H W"]:
         """ln p̄: logits whose softmax is the mean of the samples; −inf where no sample gave the class anything."""
@@ -88,3 +119,16 @@ class Moments:
     def variance_CHW(self) -> Float[Tensor, "C H W"]:
         """Variance of each class's probability over the samples, divided by their number: in [0, 1/4]."""
         return self.squares_CHW / max(self.n, 1)
+
+    def standard_error_HW(self) -> Float[Tensor, "H W"]:
+        """Of the largest mean probability, as an estimate of what infinitely many samples would give: √(s² / n).
+
+        s² is the unbiased variance of the shown class over n ≥ 2 samples, all of them draws from one distribution.
+
+        >>> moments = Moments.empty(2, 1, 1)
+        >>> moments.update(torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).view(2, 2, 1, 1))
+        >>> round(moments.standard_error_HW().item(), 4)
+        0.2
+        """
+        shown_1HW = self.mean_CHW.argmax(0, keepdim=True)
+        return (self.squares_CHW.gather(0, shown_1HW)[0] / (self.n * (self.n - 1))).sqrt_()

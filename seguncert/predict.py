@@ -20,9 +20,6 @@ from seguncert.backends import choose
 from seguncert.image import pad_to_divisor
 from seguncert.model import Model, ModelError, evaluating, net_logits
 
-TILE = 2048  # pixels a side; larger pictures are run in pieces
-MARGIN = 256  # context around each piece that is run with it and thrown away
-
 
 def scale_factor(model: Model, height: int, width: int, scale: str | float = "auto") -> float:
     """By how much a photo is resized before the net sees it.
@@ -48,26 +45,17 @@ def scale_factor(model: Model, height: int, width: int, scale: str | float = "au
 
 
 def predict_logits(
-    model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float = "auto", tile: int = TILE
+    model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float = "auto"
 ) -> Float[Tensor, "C h w"]:
     """Logits of one deterministic pass, float32 on the CPU, at the model's scale: h, w = factor · (H, W), at least 1.
 
-    Pictures larger than `tile` on a side are run in overlapping pieces, of which the middle is kept.
-    Raises ModelError where the net gives a value that is not finite.
+    The photo is run whole; `seguncert.views.OnePass` cuts large ones. Raises ModelError where the net gives a value that
+    is not finite.
     """
     rgb = at_scale(model, rgb, scale)
     h, w = rgb.shape[:2]
     with torch.inference_mode(), evaluating(model.module):
-        if max(h, w) <= tile:
-            logits_Chw = _run(model, rgb)
-        else:
-            logits_Chw = torch.empty(len(model.classes), h, w)
-            for rows, outer_rows in pieces(h, tile, model.divisor):
-                for columns, outer_columns in pieces(w, tile, model.divisor):
-                    piece = _run(model, np.ascontiguousarray(rgb[outer_rows, outer_columns]))
-                    top, left = rows.start - outer_rows.start, columns.start - outer_columns.start
-                    height, width = rows.stop - rows.start, columns.stop - columns.start
-                    logits_Chw[:, rows, columns] = piece[:, top : top + height, left : left + width]
+        logits_Chw = planes(net_logits(model, net_input(model, rgb))[:, :h, :w].cpu())
     if not torch.isfinite(logits_Chw.sum()):  # one NaN or infinity anywhere makes the sum so
         raise ModelError(f"{model.name}: the net gave values that are not finite for this picture")
     return logits_Chw
@@ -77,10 +65,15 @@ def at_scale(model: Model, rgb: UInt8[np.ndarray, "H W 3"], scale: str | float =
     """The photo at the size at which the net sees it, before padding."""
     H, W = rgb.shape[:2]
     factor = scale_factor(model, H, W, scale)
-    h, w = max(1, round(factor * H)), max(1, round(factor * W))
-    if (h, w) == (H, W):
+    return resize_photo(rgb, max(1, round(factor * H)), max(1, round(factor * W)))
+
+
+def resize_photo(rgb: UInt8[np.ndarray, "H W 3"], h: int, w: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Area means to make it smaller, cubic interpolation to make it larger."""
+    if (h, w) == rgb.shape[:2]:
         return rgb
-    return cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    smaller = h * w < rgb.shape[0] * rgb.shape[1]
+    return cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
 def on_backend(model: Model, backend: str, precision: str, streams: int = 1) -> tuple[Model, str]:
@@ -152,11 +145,6 @@ def _bands(height: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, height)) for start in range(0, height, rows))
 
 
-def _run(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
-    h, w = rgb.shape[:2]
-    return planes(net_logits(model, net_input(model, rgb))[:, :h, :w].cpu())
-
-
 def net_input(model: Model, rgb: UInt8[np.ndarray, "h w 3"]) -> Tensor:
     """(1, 3, h, w) as the net wants it: padded to its divisor, normalised, on its device, channels last."""
     padded = torch.from_numpy(pad_to_divisor(rgb, model.divisor))[None].to(model.device)
@@ -174,10 +162,13 @@ def planes(logits_CHW: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
     return torch.from_numpy(apart_CHW)
 
 
-def pieces(length: int, tile: int, divisor: int) -> Iterator[tuple[slice, slice]]:
-    """Inner and outer ranges that cover `length`; outer ones start at multiples of the divisor."""
-    margin = math.ceil(MARGIN / divisor) * divisor
-    step = max(divisor, (tile - 2 * margin) // divisor * divisor)
-    for start in range(0, length, step):
-        inner = slice(start, min(start + step, length))
-        yield inner, slice(max(0, inner.start - margin), min(length, inner.stop + margin))
+def positions(length: int, size: int, align_corners: bool = False, at: np.ndarray | None = None) -> np.ndarray:
+    """Where `size` pixels, or those `at` places among them, lie in a line of `length`, as in torch's bilinear resize.
+
+    >>> positions(2, 4)
+    array([0.  , 0.25, 0.75, 1.  ])
+    """
+    at = np.arange(size) if at is None else at
+    if align_corners:
+        return np.minimum(at * ((length - 1) / max(1, size - 1)), length - 1)
+    return np.clip((at + 0.5) * (length / size) - 0.5, 0, length - 1)

@@ -43,7 +43,7 @@ class Plan:
 
     `settled` are the outermost calls that no mask touches, with the calls made inside each of them, and whether their
     result must be copied before it is handed out; `draws` the stochastic calls in order,
-    `stochastic` all modules that may make one.
+    `stochastic` all modules that may make one; `unplaced` as in `Masks`.
     """
 
     settled: dict[Call, Counter[str]] = field(default_factory=dict)
@@ -51,6 +51,7 @@ class Plan:
     draws: tuple[Call, ...] = ()
     stochastic: frozenset[str] = frozenset()
     operators: tuple[Operator, ...] = field(default=(), repr=False)
+    unplaced: bool = False
     note: str = ""
 
     @property
@@ -253,7 +254,7 @@ def _make_plan(model: Model, stochastic: set[str]) -> Plan:
     net, probe = model.module, probe_input(model)
     everything = {name for name, _ in net.named_modules()}
     with evaluating(net), intercepting(net, everything):
-        tracer = _Tracer(stochastic, Masks(0, [0]))
+        tracer = _Tracer(stochastic, Masks(0, [0], (model.divisor, model.divisor), (probe.shape[2], probe.shape[3])))
         with in_session(tracer), tracer:
             logits = net_logits(model, probe)
     if _storage(logits) not in tracer.touched:
@@ -275,7 +276,14 @@ def _make_plan(model: Model, stochastic: set[str]) -> Plan:
         for ended in [tracer.results[call]]
         if any(time > ended.time and storage in ended.storages for time, storage in tracer.writes)
     }
-    plan = Plan(settled, frozenset(copied), tuple(tracer.draws), frozenset(stochastic), tuple(tracer.operators))
+    plan = Plan(
+        settled,
+        frozenset(copied),
+        tuple(tracer.draws),
+        frozenset(stochastic),
+        tuple(tracer.operators),
+        tracer.masks.unplaced,
+    )
     with evaluating(net), intercepting(net, plan.names):
         session = Session(plan)
         for sample in (0, 1, 2):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,14 @@ from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.moments import Moments
-from seguncert.predict import predict_logits, rows_at_size
+from seguncert.predict import predict_logits, rows_at_size, scale_factor
+from seguncert.tiles import Sampler, fits
 
-DEFAULT_MAPS = {"none": ("confidence", "entropy", "margin"), "mc-dropout": ("confidence", "entropy", "mutual_information", "variance")}  # fmt: skip
+OF_ONE_PASS = ("confidence", "entropy", "margin")
+OF_MANY = ("confidence", "entropy", "mutual_information", "variance")
 NOT_CALIBRATED = "not calibrated"
+AUTO_BATCH, AUTO_LEAST, AUTO_MOST = 10, 4, 100  # samples at once, and how many times at least and at most
+AUTO_SHARE = 0.99  # of the pixels that must be known well enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,9 @@ class Result:
         maps: name -> (H, W) float32 in [0, 1]; see `seguncert.maps` for formulas.
         logits: of the predictive distribution: those of one pass, at the net's scale, or ln p̄ of the samples.
         calibration: "none" while the numbers are the net's own softmax.
-        moments: of the samples, where there are any.
+        moments: of the samples, where there are any; `moments.n` is their number.
+        errors: name -> (H, W) float32, Monte-Carlo standard error of a map, in the map's own unit of full scale: what
+            another number of samples, or another seed, would change. For `samples="auto"` of every map, else of the confidence.
         note: what had to be done to read the photo; "" if nothing.
     """
 
@@ -46,6 +51,7 @@ class Result:
     logits: Float[torch.Tensor, "C h w"] = field(repr=False)
     calibration: str = "none"
     moments: Moments | None = field(default=None, repr=False)
+    errors: dict[str, Float[np.ndarray, "H W"]] = field(default_factory=dict, repr=False)
     note: str = ""
 
     @cached_property
@@ -65,27 +71,37 @@ class Result:
 
 
 def analyse(
-    model: Model,
+    model: Model | Sequence[Model],
     image: str | os.PathLike[str] | bytes | np.ndarray,
     *,
     method: str = "none",
-    samples: int = 20,
+    samples: int | Literal["auto"] = 20,
     seed: int = 0,
+    views: Sequence[str] | None = None,
+    max_error: float = 0.01,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
 ) -> Result:
     """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array (H, W, 3) uint8.
 
     Args:
-        method: none is one deterministic pass; mc-dropout averages `samples` passes with dropout on, drawn from `seed`.
-        maps: names of `seguncert.maps.MAPS`; None is those of `DEFAULT_MAPS` for the method.
+        model: one, or for the method ensemble several of the same classes.
+        method: none is one deterministic pass; mc-dropout averages `samples` passes with dropout on, drawn from `seed`;
+            sampling-free is its limit of many samples by formulas; tta averages views, ensemble models. Joined with +
+            they are combined, as mc-dropout+tta.
+        samples: "auto" draws until the standard error of the first map is at most `max_error` of full scale for 99 % of
+            the pixels, and 1,000 at most.
+        views: of tta; see `seguncert.views.make_sampler`.
+        maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
+            and variance.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
         ModelError: the net gave values that are not finite, or has no dropout to sample.
         ValueError: unknown method, map or scale, or fewer than two samples.
     """
-    maps = check_settings(method, maps, samples, seed)
+    maps = check_settings(method, maps, samples, seed, max_error)
+    models = [model] if isinstance(model, Model) else list(model)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
             f"image: expected a path, bytes or an RGB array. Received: {type(image).__name__}."
@@ -101,74 +117,91 @@ def analyse(
         except ImageError as error:
             raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
     H, W = photo.rgb.shape[:2]
-    logits, moments = predict_photo(model, make_sampler(model, method), photo.rgb, samples, seed, scale)
+    sampler = None
+    if (
+        method != "none"
+        or len(models) != 1
+        or views is not None
+        or not fits(H, W, scale_factor(models[0], H, W, scale))
+    ):
+        sampler = sampler_for(models, method, views)
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, maps, samples, seed, scale, max_error)
     labels, found = describe_photo(logits, moments, H, W, maps)
     return Result(
-        photo.rgb,
-        labels.astype(np.int64),
-        found,
-        model.classes,
-        model.colours,
-        logits,
-        moments=moments,
-        note=photo.note,
-    )
+        photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
+        moments=moments if method != "none" else None, errors=errors, note=photo.note,
+    )  # fmt: skip
 
 
-def check_settings(method: str, maps: Sequence[str] | None, samples: int, seed: int) -> tuple[str, ...]:
+def check_settings(
+    method: str, maps: Sequence[str] | None, samples: int | str, seed: int, max_error: float = 0.01
+) -> tuple[str, ...]:
     """The maps to make; ValueError where a setting is wrong."""
-    if method not in DEFAULT_MAPS:
-        raise ValueError(f"method: expected one of {', '.join(DEFAULT_MAPS)}. Received: {method!r}")
-    if method != "none" and samples < 2:
+    parts = maps_.parse_method(method)
+    if isinstance(samples, str) and samples != "auto":
+        raise ValueError(f"samples: expected a number, or auto. Received: {samples!r}")
+    if samples == "auto" and "mc-dropout" not in parts:
+        raise ValueError(f"samples auto: expected a method with mc-dropout. Received: {method!r}")
+    if "mc-dropout" in parts and not isinstance(samples, str) and samples < 2:
         raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
     if seed < 0:
         raise ValueError(f"seed: expected 0 or more. Received: {seed}")
-    maps = DEFAULT_MAPS[method] if maps is None else tuple(maps)
-    maps_.check_names(maps, sampled=method != "none")
+    if not 0 < max_error < 1:
+        raise ValueError(f"max-error: expected a share of full scale between 0 and 1. Received: {max_error}")
+    maps = (OF_MANY if parts else OF_ONE_PASS) if maps is None else tuple(maps)
+    maps_.check_names(maps, sampled=bool(parts))
     return maps
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """Draws many predictions for a photo."""
+def sampler_for(models: Sequence[Model], method: str, views: Sequence[str] | None = None, **engine: Any) -> Sampler:
+    """As `seguncert.views.make_sampler`, which brings numba: half a second that one pass need not wait for."""
+    from seguncert.views import make_sampler
 
-    @property
-    def how(self) -> dict[str, Any]:
-        """In what way, for run.json."""
-
-    def ready(self) -> AbstractContextManager[None]:
-        """Within, the net is set up for sampling; for many photos in a row."""
-
-    def moments(
-        self, rgb: UInt8[np.ndarray, "H W 3"], samples: int = 20, seed: int = 0, scale: str | float = "auto"
-    ) -> Moments:
-        """Of the samples, at the photo's own size."""
-
-
-def make_sampler(
-    model: Model, method: str, backend: str = "torch", precision: str = "auto", streams: int = 1
-) -> Sampler | None:
-    """What the method asks for; None for one pass. `streams` threads will use it at once."""
-    if method == "none":
-        return None
-    from seguncert.sampling import DropoutSampler  # brings numba: half a second that one pass need not wait for
-
-    return DropoutSampler(model, backend=backend, precision=precision, streams=streams)
+    return make_sampler(models, method, views, **engine)
 
 
 def predict_photo(
     model: Model,
     sampler: Sampler | None,
     rgb: UInt8[np.ndarray, "H W 3"],
-    samples: int,
+    names: Sequence[str],
+    samples: int | Literal["auto"],
     seed: int,
     scale: str | float,
-) -> tuple[Float[torch.Tensor, "C h w"], Moments | None]:
-    """Logits of the predictive distribution, and the samples' moments where there is a sampler."""
+    max_error: float = 0.01,
+) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
+    """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors."""
     if sampler is None:
-        return predict_logits(model, rgb, scale), None
-    moments = sampler.moments(rgb, samples, seed, scale)
-    return moments.log_mean_CHW(), moments
+        return predict_logits(model, rgb, scale), None, {}
+    if isinstance(samples, str):
+        moments, errors = _until_known(sampler, rgb, names, seed, scale, max_error)
+    else:
+        moments = sampler.moments(rgb, samples, seed, scale)
+        known = "confidence" in names and sampler.drawn and sampler.alike
+        errors = {"confidence": moments.standard_error_HW().numpy()} if known else {}
+    return moments.log_mean_CHW(), moments, errors
+
+
+def _until_known(
+    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], names: Sequence[str], seed: int, scale: str | float, bound: float
+) -> tuple[Moments, dict[str, Float[np.ndarray, "H W"]]]:
+    """Batches of samples until the first map is known; the standard error is that of the mean of the batches' maps."""
+    H, W = rgb.shape[:2]
+    moments = Moments.empty(len(sampler.classes), H, W)
+    mean = {name: np.zeros((H, W), np.float32) for name in names}
+    squares = {name: np.zeros((H, W), np.float32) for name in names}
+    for number, batch in enumerate(sampler.batches(rgb, AUTO_BATCH, seed, scale), 1):
+        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names)[1]
+        moments.merge(batch)
+        for name, map_HW in found.items():
+            delta_HW = map_HW - mean[name]
+            mean[name] += delta_HW / number
+            squares[name] += delta_HW * (map_HW - mean[name])
+        if number >= AUTO_LEAST:
+            error_HW = np.sqrt(squares[names[0]] / (number * (number - 1)))
+            if np.quantile(error_HW, AUTO_SHARE) <= bound or number == AUTO_MOST:
+                break
+    return moments, {name: np.sqrt(each / (number * (number - 1))) for name, each in squares.items()}
 
 
 def describe_photo(
@@ -181,11 +214,28 @@ def describe_photo(
         for rows, logits_CRW in rows_at_size(logits, H, W):
             labels_RW, maps_RW = maps_.describe(logits_CRW, names)
             if moments is not None:
-                maps_RW |= maps_.describe_spread(moments.rows(rows), names)
+                maps_RW |= maps_.describe_spread(moments.at(rows), names)
             labels_HW[rows] = labels_RW.numpy()
             for name, map_RW in maps_RW.items():
                 found[name][rows] = map_RW.numpy()
     return labels_HW, found
+
+
+def describe_blocks(
+    model: Model,
+    sampler: Sampler | None,
+    rgb: UInt8[np.ndarray, "H W 3"],
+    names: Sequence[str],
+    samples: int,
+    seed: int,
+    scale: str | float,
+) -> Iterator[tuple[slice, slice, UInt8[np.ndarray, "R W"], dict[str, Float[np.ndarray, "R W"]], Moments]]:
+    """Rows, columns, labels, maps and moments of one block after another, for photos too large to hold their maps."""
+    sampler = sampler or sampler_for([model], "none")
+    for rows, columns, moments in sampler.blocks(rgb, samples, seed, scale):
+        R, W = moments.entropy_HW.shape
+        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, names)
+        yield rows, columns, labels_RW, found, moments
 
 
 def draw_overlay(

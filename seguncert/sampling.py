@@ -1,7 +1,6 @@
-"""Many samples of a net's softmax for one photo, as `Moments` at the photo's own size.
+"""Samples of a net with dropout for one photo, as `Moments` at the photo's own size; and their limit without sampling.
 
-Tiles inside out: for each piece of a picture all samples are drawn and reduced to moments, so that what is held does not
-grow with the number of samples: the features at the dropout, a few rows of logits, and the moments.
+What is held does not grow with the number of samples: the features at the dropout, a few rows of logits, the moments.
 """
 
 from __future__ import annotations
@@ -9,41 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from seguncert.backends import check_backend, choose
 from seguncert.dropout import Masks, functional_dropout, require_dropout
-from seguncert.fused import accumulate, positions
-from seguncert.model import Model, ModelError, evaluating, net_logits
+from seguncert.fused import accumulate
+from seguncert.model import Model, ModelError, evaluating, net_logits, raw_logits
 from seguncert.moments import Moments
-from seguncert.predict import TILE, at_scale, net_input, pieces, planes
+from seguncert.predict import net_input, planes, scale_factor
 from seguncert.prefix import Plan, Session, in_session, intercepting, make_plan
 from seguncert.tail import LinearTail, UpToDropout, find_tail
+from seguncert.tiles import Look, Piece, Sampler
 
 AT_ONCE = 32  # samples
-HELD = 48 << 20  # bytes of logits of samples that wait to be added
-MOST = 4 << 30  # bytes of moments
+HELD = 32 << 20  # bytes of logits of samples that wait to be added
 LINES = 16  # of logits, that a thread does in one go
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part of the picture: its pixels, what the net is given for them, and where in that they lie."""
-
-    rows: slice
-    columns: slice
-    rgb: UInt8[np.ndarray, "h w 3"]
-    row_position: np.ndarray
-    column_position: np.ndarray
-
-
-class DropoutSampler:
+class DropoutSampler(Sampler):
     """MC dropout (Gal, Ghahramani 2016): samples of a net whose dropout stays on.
 
     The net is looked at once, here; `how` says what it allows. The same seed gives the same masks; the sums do not
@@ -57,7 +44,7 @@ class DropoutSampler:
         self, model: Model, drop_path: bool = False, backend: str = "torch", precision: str = "fp32", streams: int = 1
     ):
         check_backend(backend, precision)
-        self.model = model
+        self.model, self.classes = model, model.classes
         found = require_dropout(model, drop_path)
         plan = make_plan(model, set(found))
         self.stochastic = tuple(dict.fromkeys(name for name, _ in plan.draws))
@@ -85,14 +72,16 @@ class DropoutSampler:
         elif self.tail:
             passes = f"one pass up to {self.tail.dropout}; what follows is linear, all samples in one product"
             if self.tail.resize is not None:
-                passes += (
-                    "; of photos that are resized for the net or cut into pieces, one torch pass a sample from there"
-                )
+                passes += "; of photos that are resized for the net, one torch pass a sample from there"
         else:
             passes = (
                 f"one pass for what comes before the masks, {len(self.plan.settled)} results kept; then one a sample"
             )
-        how = {"stochastic": list(self.stochastic), "passes": passes, "backend": self.backend}
+        how: dict[str, Any] = {"stochastic": list(self.stochastic), "passes": passes, "backend": self.backend}
+        if self.plan.unplaced:
+            how["blocks"] = (
+                "large pictures: masks of values that have no place in the picture differ from block to block"
+            )
         return how | ({"functional_dropout_left_off": self.functional} if self.functional else {})
 
     @contextmanager
@@ -101,106 +90,120 @@ class DropoutSampler:
         with evaluating(self.model.module), intercepting(self.model.module, self.plan.names):
             yield
 
-    def moments(
-        self,
-        rgb: UInt8[np.ndarray, "H W 3"],
-        samples: int = 20,
-        seed: int = 0,
-        scale: str | float = "auto",
-        tile: int = TILE,
-    ) -> Moments:
-        """Moments of `samples` samples at the size of the photo.
+    def largest(self, H: int, W: int, scale: str | float) -> float:
+        """The factor by which a photo of H × W pixels is resized."""
+        return scale_factor(self.model, H, W, scale)
 
-        Raises ModelError where the net gives a value that is not finite, ValueError for fewer than 2 samples.
-        """
-        if samples < 2:
-            raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
-        H, W, C = *rgb.shape[:2], len(self.model.classes)
-        if 4 * (2 * C + 1) * H * W > MOST:
-            raise ModelError(
-                f"{self.model.name}: the moments of {C} classes at {W}x{H} pixels take {4 * (2 * C + 1) * H * W / 2**30:.1f} GiB."
-                f" Expected at most {MOST / 2**30:.0f}. Make the picture smaller, or cut it."
-            )
-        moments = Moments.empty(C, H, W)
-        with torch.inference_mode(), self.ready():
-            resized = at_scale(self.model, rgb, scale)
-            as_it_is = resized.shape == rgb.shape and max(H, W) <= tile
-            for piece in _cut(resized, H, W, tile, self.model.divisor):
-                linear = self.tail is not None and (self.tail.resize is None or as_it_is)
-                if not (linear and self._add_linear(moments, piece, samples, seed)):
-                    self._add_passes(moments, piece, samples, seed)
-        moments.n = samples
-        if not torch.isfinite(moments.entropy_HW.sum()):
-            raise ModelError(f"{self.model.name}: the net gave values that are not finite for this picture")
-        return moments
+    def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
+        """Add samples of the block to its moments."""
+        if "piece" not in look.kept:
+            piece = look.piece(self.model)
+            look.kept.update(piece=piece, value=net_input(self.model, piece.rgb))
+        if not self._add_linear(moments, look.kept, samples, seed):
+            self._add_passes(moments, look.kept, samples, seed)
+        moments.n += len(samples)
 
-    def _add_passes(self, moments: Moments, piece: _Piece, samples: int, seed: int) -> None:
+    def _add_passes(self, moments: Moments, kept: dict[str, Any], samples: range, seed: int) -> None:
         """A pass for each sample, sharing what is settled."""
-        h, w = piece.rgb.shape[:2]
-        value, session, full = net_input(self.model, piece.rgb), Session(self.plan), bool(self.plan.note)
-        at_once = max(1, min(AT_ONCE, HELD // (4 * len(self.model.classes) * h * w)))
-        for first in range(0, samples, at_once):
-            chunk = range(first, min(first + at_once, samples))
-            logits_SChw = torch.empty(len(chunk), len(self.model.classes), h, w)
-            for sample, logits_Chw in zip(chunk, logits_SChw, strict=True):
-                session.begin(Masks(seed, [sample]), full)
-                with in_session(session):
-                    logits_Chw.copy_(net_logits(self.model, value)[:, :h, :w])
-                full = full or not session.as_planned()
+        piece, value, session = kept["piece"], kept["value"], kept.setdefault("session", Session(self.plan))
+        padded, n, waiting, full = (value.shape[2], value.shape[3]), moments.n, list[Tensor](), bool(self.plan.note)
+        for sample in samples:
+            session.begin(Masks(seed, [sample], piece.origin, padded), full)
+            with in_session(session):  # logits that are coarser than the picture are resized where they are added
+                logits_Cab = (raw_logits if piece.same_scale else net_logits)(self.model, value)
+            full = full or not session.as_planned()
+            waiting.append(planes(logits_Cab.cpu()))
+            if len(waiting) == AT_ONCE or waiting[0].nbytes * (len(waiting) + 1) > HELD or sample == samples[-1]:
+                add_logits(moments, torch.stack(waiting), piece, padded, n)
+                n, waiting = n + len(waiting), []
 
-            def add(band: slice, logits_SChw: Tensor = logits_SChw, first: int = first) -> None:
-                rows = slice(piece.rows.start + band.start, piece.rows.start + band.stop)
-                accumulate(
-                    moments, logits_SChw, rows, piece.columns, piece.row_position[band], piece.column_position, first
-                )
-
-            _on_all_cores(add, list(_bands(piece.row_position, max(1, h // 8))))
-
-    def _add_linear(self, moments: Moments, piece: _Piece, samples: int, seed: int) -> bool:
+    def _add_linear(self, moments: Moments, kept: dict[str, Any], samples: range, seed: int) -> bool:
         """One pass up to the dropout; from there all samples in one product. False, where the net is not so for this size."""
-        tail, h, w = self.tail, *piece.rgb.shape[:2]
+        if self.tail is None or (self.tail.resize is not None and not kept["piece"].same_scale):
+            return False
+
+        def add(tail: LinearTail, features_KHW: Tensor, band: slice, rows: np.ndarray, columns: np.ndarray) -> None:
+            for first in range(0, len(samples), AT_ONCE):
+                some_SK = kept_SK[first : first + AT_ONCE]
+                tail.add(moments, features_KHW, some_SK, band, slice(None), rows, columns, moments.n + first)
+
+        dropout = dict(self.model.module.named_modules())[self.tail.dropout]
+        ones_1K11 = torch.ones(1, self.tail.weight_CKij.shape[1], 1, 1)
+        kept_SK = Masks(seed, samples).draw(dropout, ones_1K11)[0].flatten(1).numpy() > 0
+        return self._for_bands(kept, add)
+
+    def _for_bands(
+        self, kept: dict[str, Any], add: Callable[[LinearTail, Tensor, slice, np.ndarray, np.ndarray], None]
+    ) -> bool:
+        """Make the features at the dropout, then call `add` for bands of rows, on all cores."""
+        tail, piece, value = self.tail, kept["piece"], kept["value"]
         assert tail is not None
-        value = net_input(self.model, piece.rgb)
-        features_KHW = planes(self.features(value)[0].float())
+        if "features" not in kept:
+            kept["features"] = planes(self.features(value)[0].float())
+        features_KHW = kept["features"]
         below, beside = features_KHW.shape[1:]
         if (below * tail.stride[0], beside * tail.stride[1]) != value.shape[2:]:
             return False
-        dropout = dict(self.model.module.named_modules())[tail.dropout]
-        kept_SK = Masks(seed, range(samples)).draw(dropout, features_KHW[None])[0].flatten(1).numpy() > 0
-        row_position, column_position = piece.row_position, piece.column_position
-        if tail.resize is not None:  # the picture is at the net's scale: its pixels lie in the padded input as they are
-            row_position = positions(below, value.shape[2], tail.resize)[:h]
-            column_position = positions(beside, value.shape[3], tail.resize)[:w]
+        row_position, column_position = piece.positions_in(
+            (below, beside), (value.shape[2], value.shape[3]), bool(tail.resize)
+        )
 
-        def add(band: slice) -> None:
-            rows = slice(piece.rows.start + band.start, piece.rows.start + band.stop)
-            for first in range(0, samples, AT_ONCE):
-                kept = kept_SK[first : first + AT_ONCE]
-                tail.add(moments, features_KHW, kept, rows, piece.columns, row_position[band], column_position, first)
+        def one(band: slice) -> None:
+            add(tail, features_KHW, band, row_position[band], column_position)
 
-        _on_all_cores(add, list(_bands(row_position, LINES)))
+        _on_all_cores(one, list(_bands(row_position, LINES)))
         return True
 
 
-def _cut(rgb: UInt8[np.ndarray, "h w 3"], H: int, W: int, tile: int, divisor: int) -> Iterator[_Piece]:
-    """The picture at the net's scale in pieces that overlap, with the pixels of the photo that lie in each."""
-    h, w = rgb.shape[:2]
-    row_position, column_position = positions(h, H), positions(w, W)
-    if max(h, w) <= tile:
-        yield _Piece(slice(0, H), slice(0, W), rgb, row_position, column_position)
-        return
-    for inner_rows, outer_rows in pieces(h, tile, divisor):
-        top, bottom = np.searchsorted(row_position, [inner_rows.start, inner_rows.stop])
-        for inner_columns, outer_columns in pieces(w, tile, divisor):
-            left, right = np.searchsorted(column_position, [inner_columns.start, inner_columns.stop])
-            if top < bottom and left < right:
-                yield _Piece(
-                    slice(int(top), int(bottom)),
-                    slice(int(left), int(right)),
-                    np.ascontiguousarray(rgb[outer_rows, outer_columns]),
-                    row_position[top:bottom] - outer_rows.start,
-                    column_position[left:right] - outer_columns.start,
-                )
+class SamplingFree(DropoutSampler):
+    """What infinitely many samples of MC dropout come to, by closed formulas after one pass; see `seguncert.closed`.
+
+    Raises:
+        ModelError: besides those of `DropoutSampler`: more than a convolution and a resize follow the dropout.
+    """
+
+    drawn = False
+
+    def __init__(self, model: Model, backend: str = "torch", precision: str = "fp32", streams: int = 1):
+        super().__init__(model, backend=backend, precision=precision, streams=streams)
+        if self.tail is None:
+            raise ModelError(
+                f"{model.name}: sampling-free needs channel dropout that only one convolution and a resize follow."
+                f" Received: {', '.join(self.stochastic)}, with more behind. Set the method to mc-dropout."
+            )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What is linear, and how the softmax of it is approximated."""
+        assert self.tail is not None
+        return super().how | {"passes": f"one pass up to {self.tail.dropout}, then closed formulas; no samples"}
+
+    def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
+        """Add the limit, as one sample."""
+
+        def add(tail: LinearTail, features_KHW: Tensor, band: slice, rows: np.ndarray, columns: np.ndarray) -> None:
+            tail.add_closed(limit, features_KHW, band, slice(None), rows, columns)
+
+        limit = moments if moments.n == 0 else Moments.empty(*moments.mean_CHW.shape)
+        piece = look.piece(self.model)
+        if not self._for_bands({"piece": piece, "value": net_input(self.model, piece.rgb)}, add):
+            raise ModelError(
+                f"{self.model.name}: sampling-free: the net gives features of another size than it should for this picture. Set the method to mc-dropout."
+            )
+        limit.n = 1
+        if limit is not moments:
+            moments.merge(limit)
+
+
+def add_logits(moments: Moments, logits_SCab: Tensor, piece: Piece, padded: tuple[int, int], n: int) -> None:
+    """Add the softmax of logits, wherever they are coarser than the block interpolated, to moments that hold `n`."""
+    a, b = logits_SCab.shape[2:]
+    row_position, column_position = piece.positions_in((a, b), padded)
+
+    def add(band: slice) -> None:
+        accumulate(moments, logits_SCab, band, slice(None), row_position[band], column_position, n)
+
+    _on_all_cores(add, list(_bands(row_position, max(1, a // 8))))
 
 
 def _bands(position: np.ndarray, lines: int) -> Iterator[slice]:

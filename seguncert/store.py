@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +101,26 @@ class Store:
             raise cannot_write(attempt, error) from None
         return attempt
 
-    def finish(self, attempt: Path, line: dict[str, Any], files: dict[str, bytes]) -> None:
-        """Bring the attempt's files to their place by one rename, then write its line into the ledger."""
-        final = self.out / line["path"]
+    def finish(self, attempt: Path, line: dict[str, Any], files: Mapping[str, bytes | Path]) -> None:
+        """Bring the attempt's files, contents or files that lie in its folder, to their place by one rename; then write
+        its line into the ledger."""
+        final, sizes = self.out / line["path"], dict[str, int]()
         try:
             if files:
                 folder = attempt / "files"
                 folder.mkdir()
                 for name, content in files.items():
-                    (folder / name).write_bytes(content)
+                    if isinstance(content, Path):
+                        os.rename(content, folder / name)
+                    else:
+                        (folder / name).write_bytes(content)
+                sizes = {name: (folder / name).stat().st_size for name in files}
                 final.parent.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(folder, final)
             else:
                 self._remove_former(line["path"])
-            self._append(line | {"files": {name: len(content) for name, content in files.items()}})
+            self._append(line | {"files": sizes})
             shutil.rmtree(attempt)
         except OSError as error:
             raise cannot_write(final, error) from None

@@ -23,6 +23,8 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
     """images.csv and report.html of what the ledger says of `paths`, as far as it still holds."""
     stamps = {path: stamp_of(source / path) for path in paths}
     names = list(store.settings["maps"])
+    errors = [f"{name}_error" for name in store.settings.get("errors", [])]
+    counted = ["samples"] if store.settings.get("samples") == "auto" else []
     rows: dict[str, dict[str, Any]] = {}
     histograms = {name: np.zeros(BINS, np.int64) for name in names}
     for line in store.latest():
@@ -31,11 +33,26 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
             continue
         for name, counts in line.get("histogram", {}).items():
             histograms[name] += counts
-        rows[path] = _row(line, names)
+        rows[path] = (
+            _row(line, names)
+            | {column: line.get("errors", {}).get(column) for column in errors}
+            | {column: line.get(column) for column in counted}
+        )
     ordered = [rows[path] for path in paths if path in rows]
 
     table = io.StringIO(newline="")
-    columns = ["path", "status", "error", "height", "width", "seconds", *(f"{name}_mean" for name in names), "note"]
+    columns = [
+        "path",
+        "status",
+        "error",
+        "height",
+        "width",
+        "seconds",
+        *(f"{name}_mean" for name in names),
+        *errors,
+        *counted,
+        "note",
+    ]
     plain, quoted = (
         csv.DictWriter(table, columns, lineterminator="\n", quoting=each) for each in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     )

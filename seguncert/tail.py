@@ -61,15 +61,33 @@ class LinearTail:
 
         The positions say where among the logits before any resize those pixels lie.
         """
-        H, (above, beside) = features_KHW.shape[1], self.padding
-        start, stop = int(row_position[0]), int(row_position[-1]) + 2
-        first, last = start - above, stop - above + self.dilation[0] * (self.weight_CKij.shape[2] - 1)
-        band_KRW = features_KHW[:, max(first, 0) : min(last, H)]
-        band_KRW = nn.functional.pad(band_KRW, (beside, beside, max(-first, 0), max(min(last, H + above) - H, 0)))
+        band_KRW, start = self._band(features_KHW, row_position)
         accumulate_linear(
             moments, band_KRW, self.weight_CKij, self.bias_C, self.dilation, kept_SK, 1 / (1 - self.p), rows, columns,
             row_position - start, column_position, n,
         )  # fmt: skip
+
+    def add_closed(
+        self, moments: Moments, features_KHW: Tensor, rows: slice, columns: slice,
+        row_position: np.ndarray, column_position: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Set those pixels to what infinitely many samples come to."""
+        from seguncert.closed import accumulate_closed
+
+        band_KRW, start = self._band(features_KHW, row_position)
+        accumulate_closed(
+            moments, band_KRW, self.weight_CKij, self.bias_C, self.dilation, self.p, rows, columns,
+            row_position - start, column_position,
+        )  # fmt: skip
+
+    def _band(self, features_KHW: Tensor, row_position: np.ndarray) -> tuple[Tensor, int]:
+        """The features that lines of logits around some positions are made of, padded, and the first of those lines."""
+        H, (above, beside) = features_KHW.shape[1], self.padding
+        start, stop = int(row_position[0]), int(row_position[-1]) + 2
+        first, last = start - above, stop - above + self.dilation[0] * (self.weight_CKij.shape[2] - 1)
+        band_KRW = features_KHW[:, max(first, 0) : min(last, H)]
+        missing = max(-first, 0), max(min(last, H + above) - H, 0)
+        return nn.functional.pad(band_KRW, (beside, beside, *missing)), start
 
 
 def find_tail(model: Model, plan: Plan) -> LinearTail | None:

@@ -204,26 +204,8 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
     out = tmp_path / "out"
     victim = sorted(path for path in list_images(pictures)[0])[5]
     for _ in range(batch.CRASHES):  # what three crashes on this image leave behind
-        store = batch.Store(
-            out,
-            batch._settings(
-                batch._Job(
-                    pictures,
-                    batch.check_settings("none", None, 20, 0),
-                    "auto",
-                    "png16",
-                    batch.MAX_PIXELS,
-                    "none",
-                    20,
-                    0,
-                    {},
-                    "torch",
-                    "auto",
-                ),
-                seguncert.load_model(small_model, "auto"),
-                {"backend": "torch fp32"},
-            ),
-        )
+        job = batch.Job(pictures, batch.check_settings("none", None, 20, 0))
+        store = batch.Store(out, job.settings([seguncert.load_model(small_model)], None, {"backend": "torch fp32"}))
         store.begin(victim)
         store._ledger.close()
     monkeypatch.setattr(batch, "_process_alone", _die)

@@ -50,8 +50,7 @@ def test_a_mask_does_what_torch_does_with_the_same_random_numbers(kind, inplace,
     torch.manual_seed(5)
     expected = module(value.clone())
     torch.manual_seed(5)
-    own = torch.Tensor.bernoulli_
-    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda self, p, generator: own(self, p))  # of torch's global ones
+    monkeypatch.setattr(Masks, "_keep", lambda self, sample, p, kept, shape, _: kept * torch.empty(shape).bernoulli_(p))
     kept = value.clone()
     received = Masks(0, [0]).apply(module, value)
     torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-6)
@@ -99,6 +98,18 @@ def test_a_batch_of_samples_has_the_masks_of_each():
 def test_each_row_of_a_batch_has_a_mask_of_its_own(kind):
     drawn = Masks(0, [0]).apply(kind(0.5), torch.ones(5, 40, 2, 2))  # windows or tokens in the first dimension
     assert len({row.numpy().tobytes() for row in drawn}) == 5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_piece_has_the_masks_of_its_place(layout):
+    value = torch.ones(1, 6, 24, 40).contiguous(memory_format=layout)  # a net of stride 4
+    whole, piece = Masks(2, [3], frame=(96, 160)), Masks(2, [3], origin=(32, 64), frame=(64, 96))
+    for _ in range(2):
+        drawn = whole.apply(nn.Dropout(0.4), value)
+        assert torch.equal(piece.apply(nn.Dropout(0.4), value[:, :, 8:, 16:]), drawn[:, :, 8:, 16:])
+    assert not piece.unplaced
+    piece.apply(nn.Dropout(0.4), torch.ones(1, 16 * 24, 5))  # tokens
+    assert piece.unplaced
 
 
 def test_torch_is_not_asked_for_random_numbers():

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from seguncert.fused import accumulate, positions
+from seguncert.fused import accumulate
 from seguncert.moments import Moments
+from seguncert.predict import positions
 
 
 def logits_of(S, C, h, w, spread=4.0):

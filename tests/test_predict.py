@@ -69,28 +69,11 @@ def test_every_size_gives_logits_of_its_own_size(model, size):
     assert predict.predict_logits(model, picture(*size), "native").shape == (4, *size)
 
 
-def test_tiles_equal_the_whole_picture(model):
-    rgb = picture(700, 1100)
-    whole = predict.predict_logits(model, rgb, "native")
-    tiled = predict.predict_logits(model, rgb, "native", tile=600)
-    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=1e-5)  # the net's field of view is far below the margin
-
-
 def test_planes_are_a_contiguous_copy():
     logits = torch.randn(1, 5, 9, 8, generator=torch.Generator().manual_seed(0))
     for layout in (torch.channels_last, torch.contiguous_format):
         cropped = logits.to(memory_format=layout)[0, :, :7, :6]
         assert torch.equal(predict.planes(cropped), cropped) and predict.planes(cropped).is_contiguous()
-
-
-def test_pieces_cover_everything_once():
-    for length in (1, 31, 600, 2047, 2049, 5000):
-        pieces = list(predict.pieces(length, 1024, 32))
-        assert [inner.start for inner, _ in pieces] == [0] + [inner.stop for inner, _ in pieces[:-1]]
-        assert pieces[-1][0].stop == length
-        assert all(
-            outer.start % 32 == 0 and outer.start <= inner.start and outer.stop >= inner.stop for inner, outer in pieces
-        )
 
 
 def test_one_value_that_is_not_finite_is_an_error():

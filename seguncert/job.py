@@ -1,0 +1,341 @@
+"""One image of a batch: from its file to its line in the ledger and its files.
+
+Whatever is wrong with an image becomes one line of text. Maps of an ordinary photo are made in memory; those of a very large
+one go to the disk block by block, and from there into their files, so that 20,000 x 20,000 pixels need no more memory than
+the photo itself and one block.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from seguncert import maps as maps_
+from seguncert import render
+from seguncert.image import ImageError, read_image
+from seguncert.model import Model, ModelError
+from seguncert.predict import on_backend, scale_factor
+from seguncert.run import describe_blocks, describe_photo, draw_overlay, predict_photo, sampler_for
+from seguncert.store import OURS, stamp_of
+from seguncert.tables import BINS
+from seguncert.tiles import Sampler, fits
+
+FORMATS = ("png16", "npy", "tiff")
+LARGE = 64_000_000  # pixels of a photo whose maps go to the disk block by block
+ERROR_BINS = 1 << 14  # of the histogram from which the quantile of the Monte-Carlo error is read
+ERROR_SHARE = 0.99
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, the same for every image of a batch."""
+
+    source: Path
+    maps: tuple[str, ...]
+    scale: str | float = "auto"
+    format: str = "png16"
+    max_pixels: int = 100_000_000
+    method: str = "none"
+    samples: int | Literal["auto"] = 20
+    seed: int = 0
+    views: tuple[str, ...] | None = None
+    max_error: float = 0.01
+    insert_dropout: dict[str, float] = field(default_factory=dict)
+    backend: str = "torch"
+    precision: str = "auto"
+
+    def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
+        """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
+        if self.method == "none":
+            model, engine = on_backend(models[0], self.backend, self.precision, workers)
+            return model, None, {"backend": engine}
+        sampler = sampler_for(
+            models, self.method, self.views, backend=self.backend, precision=self.precision, streams=workers
+        )
+        about: dict[str, Any] = {"samples": self.samples, "seed": self.seed} if sampler.drawn else {}
+        about |= {"max_error": self.max_error} if self.samples == "auto" else {}
+        return models[0], sampler, about | {"inserted_dropout": self.insert_dropout, **sampler.how}
+
+    def errors(self, sampler: Sampler | None) -> list[str]:
+        """Maps whose Monte-Carlo error is told."""
+        if sampler is None or not sampler.drawn:
+            return []
+        return (
+            [*self.maps]
+            if self.samples == "auto"
+            else [name for name in self.maps if name == "confidence" and sampler.alike]
+        )
+
+    def settings(self, models: Sequence[Model], sampler: Sampler | None, engine: dict[str, Any]) -> dict[str, Any]:
+        """What decides the output: the content of run.json."""
+        C = len(models[0].classes)
+        about = [
+            {
+                "name": model.name, "sha256": model.sha256, "classes": list(model.classes), "colours": model.colours.tolist(),
+                "mean": list(model.mean), "std": list(model.std), "frame": model.frame and list(model.frame),
+            }
+            for model in models
+        ]  # fmt: skip
+        return {
+            "seguncert": version("seguncert"),
+            "input": str(self.source.resolve()),
+            "model": about[0],
+            **({"models": about} if len(about) > 1 else {}),
+            "method": self.method,
+            **engine,
+            "calibration": "none",
+            "scale": str(self.scale),
+            "format": self.format,
+            "maps": {
+                name: {
+                    "title": info.title, "unit": info.unit, "full_scale": info.full_scale(C), "sure_is": info.sure_is, "about": info.about, "drawn_to": info.drawn_to,
+                    "stored": "round(65535 × map)" if self.format == "png16" else "float32", "range": [0.0, 1.0],
+                }
+                for name in self.maps
+                for info in [maps_.MAPS[name]]
+            },
+            "errors": self.errors(sampler),
+            "device": str(models[0].device),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "opencv-python", "segmentation-models-pytorch")},
+        }  # fmt: skip
+
+
+class _Budget:
+    """At most `total` of something at once, shared by threads; one that needs more waits until it is alone."""
+
+    def __init__(self, total: int):
+        self.total, self.taken, self.changed = total, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken == 0 or self.taken + amount <= self.total)
+            self.taken += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= amount
+                self.changed.notify_all()
+
+
+PIXELS = _Budget(32_000_000)  # under way at once, so that large pictures do not fill the memory together
+
+Files = dict[str, "bytes | Path"]  # contents, or where a file lies that is to be moved
+
+
+def process(job: Job, model: Model, sampler: Sampler | None, path: str, scratch: Path) -> tuple[dict[str, Any], Files]:
+    """Ledger line and files of one image. `scratch` is an empty folder for what does not fit into memory."""
+    started = time.perf_counter()
+    file, stamp = job.source / path, stamp_of(job.source / path)
+    line: dict[str, Any] = {"path": path, "status": "failed", "error": "", "input": stamp}
+    if Path(path).parts[0] in OURS:
+        return line | {
+            "error": f"its folder {Path(path).parts[0]!r} has the name of a file of the output; rename it"
+        }, {}
+    if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
+        return line | {"error": "the folder cannot be listed; check its permissions"}, {}
+    try:
+        photo = read_image(file, max_pixels=job.max_pixels)
+        H, W = photo.rgb.shape[:2]
+        heavier = 1 + len(model.classes) // 3 if sampler else 1  # moments hold floats of each class
+        with PIXELS.take(H * W * heavier):
+            found, files = (_in_blocks if H * W > LARGE else _in_memory)(job, model, sampler, photo.rgb, scratch)
+    except (ImageError, ModelError) as error:
+        return line | {"error": str(error)}, {}
+    except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
+        return line | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
+    done = {"status": "ok", "note": photo.note, "height": H, "width": W}
+    return line | done | found | {"seconds": round(time.perf_counter() - started, 4)}, files
+
+
+def _in_memory(
+    job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, scratch: Path
+) -> tuple[dict[str, Any], Files]:
+    H, W = rgb.shape[:2]
+    sums = _sums(job, sampler)
+    if sampler is None and not fits(H, W, scale_factor(model, H, W, job.scale)):
+        sampler = sampler_for([model], "none")
+    logits, moments, errors = predict_photo(
+        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error
+    )
+    labels_HW, found = describe_photo(logits, moments, H, W, job.maps)
+    files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
+    for name, map_HW in found.items():
+        suffix, content = _encode(map_HW, job.format)
+        files[name + suffix] = content
+    for name, map_HW in [*found.items(), *((_error(name), each) for name, each in errors.items())]:
+        sums[name].add(map_HW)
+    files["overlay.jpg"] = _overlay(rgb, found[job.maps[0]], job.maps[0], len(model.classes))
+    return _told(job, sums, moments.n if job.samples == "auto" and moments else None), files
+
+
+def _in_blocks(
+    job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, scratch: Path
+) -> tuple[dict[str, Any], Files]:
+    H, W = rgb.shape[:2]
+    if job.samples == "auto":
+        raise ModelError(f"samples auto: expected at most {LARGE} pixels. Received: {W}x{H}. Set a number of samples.")
+    errors, sums = job.errors(sampler), _sums(job, sampler)
+    stored = np.dtype("<u2" if job.format == "png16" else np.float32)
+    sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.maps}
+    labels = _Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
+    for rows, columns, labels_RW, maps_RW, moments in describe_blocks(
+        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale
+    ):
+        labels.put(rows, columns, labels_RW)
+        for name, map_RW in maps_RW.items():
+            sums[name].add(map_RW)
+            sheets[name].put(rows, columns, np.rint(map_RW * 65535) if stored.kind == "u" else map_RW)
+        for name in errors:
+            sums[_error(name)].add(moments.standard_error_HW().numpy())
+
+    small = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
+    first = sheets[job.maps[0]].shrunk(*small.shape[:2])
+    files: Files = {"labels.png": labels.save_png(model.colours)}
+    for name, sheet in sheets.items():
+        suffix, file = sheet.save(job.format)
+        files[name + suffix] = file
+    files["overlay.jpg"] = _overlay(small, first, job.maps[0], len(model.classes))
+    return _told(job, sums, None), files
+
+
+def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:
+    return {name: _Sums() for name in job.maps} | {_error(name): _Sums(ERROR_BINS) for name in job.errors(sampler)}
+
+
+def _error(name: str) -> str:
+    return f"{name}_error"
+
+
+class _Sums:
+    """Mean and histogram of values from 0 to 1, added up band by band."""
+
+    def __init__(self, bins: int = BINS):
+        self.total, self.pixels, self.bins, self.counts_B = 0.0, 0, bins, np.zeros(bins + 1, np.int64)
+
+    def add(self, map_RW: np.ndarray) -> None:
+        """By rows, since bincount wants eight bytes a pixel."""
+        self.total += float(map_RW.sum(dtype=np.float64))
+        self.pixels += map_RW.size
+        kind = np.uint8 if self.bins < 255 else np.uint16
+        for start in range(0, len(map_RW), 256):
+            bins = (map_RW[start : start + 256].ravel() * self.bins).astype(kind)
+            self.counts_B += np.bincount(bins, minlength=self.bins + 1)
+
+    def histogram(self) -> list[int]:
+        """Counts of equal bins; 1 is in the last."""
+        return [*self.counts_B[: self.bins - 1].tolist(), int(self.counts_B[self.bins - 1 :].sum())]
+
+    def quantile(self, share: float) -> float:
+        """Upper end of the bin in which that share of the values is reached."""
+        reached = int(np.searchsorted(np.cumsum(self.counts_B), share * self.pixels))
+        return min(1.0, (reached + 1) / self.bins)
+
+
+def _told(job: Job, sums: dict[str, _Sums], samples: int | None) -> dict[str, Any]:
+    """What the ledger says of the maps."""
+    errors = {name: round(each.quantile(ERROR_SHARE), 6) for name, each in sums.items() if name not in job.maps}
+    return {
+        "mean": {name: sums[name].total / sums[name].pixels for name in job.maps},
+        **({"errors": errors} if errors else {}),
+        "histogram": {name: sums[name].histogram() for name in job.maps},
+        **({"samples": samples} if samples is not None else {}),
+    }
+
+
+def _overlay(rgb: np.ndarray, map_HW: np.ndarray, name: str, C: int) -> bytes:
+    if max(rgb.shape) > render.JPEG_LONGEST - 200:  # leave room for the legend
+        rgb = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
+        map_HW = cv2.resize(map_HW, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
+    return render.encode_jpeg(draw_overlay(rgb, map_HW, name, C))
+
+
+def _encode(map_HW: np.ndarray, format: str) -> tuple[str, bytes]:
+    if format == "png16":
+        return ".png", render.encode_map_png16(map_HW)
+    buffer = io.BytesIO()
+    if format == "npy":
+        np.save(buffer, map_HW)
+        return ".npy", buffer.getvalue()
+    tiff_writer()(buffer, map_HW, compression="zstd", predictor=True)
+    return ".tiff", buffer.getvalue()
+
+
+def tiff_writer() -> Callable[..., None]:
+    """tifffile's, or a ValueError that says how to get it."""
+    try:
+        import imagecodecs  # noqa: F401
+        import tifffile
+    except ImportError:
+        raise ValueError("format tiff needs two more packages: pip install 'seguncert[tiff]'") from None
+    return tifffile.imwrite
+
+
+class _Sheet:
+    """An array on the disk, H × W; only the rows in use are mapped into memory."""
+
+    def __init__(self, file: Path, H: int, W: int, dtype: np.dtype):
+        self.file, self.H, self.W, self.dtype = file, H, W, dtype
+        with open(file, "wb") as new:
+            new.truncate(H * W * dtype.itemsize)
+
+    def rows(self, rows: slice, mode: Literal["r", "r+"] = "r") -> np.memmap:
+        """Some rows, mapped until they are let go."""
+        offset = rows.start * self.W * self.dtype.itemsize
+        return np.memmap(self.file, self.dtype, mode, offset, (rows.stop - rows.start, self.W))
+
+    def put(self, rows: slice, columns: slice, values_RW: np.ndarray) -> None:
+        """Write a block."""
+        self.rows(rows, "r+")[:, columns] = values_RW
+
+    def shrunk(self, h: int, w: int) -> np.ndarray:
+        """(h, w) float32 in [0, 1], by area means."""
+        small = np.empty((h, w), np.float32)
+        full = 65535 if self.dtype.kind == "u" else 1
+        for y in range(h):
+            start, stop = y * self.H // h, max(y * self.H // h + 1, (y + 1) * self.H // h)
+            line_1W = self.rows(slice(start, stop)).mean(0, dtype=np.float32, keepdims=True) / full
+            small[y] = cv2.resize(line_1W, (w, 1), interpolation=cv2.INTER_AREA)
+        return small
+
+    def save(self, format: str) -> tuple[str, Path]:
+        """As a file of the wanted format."""
+        if format == "png16":
+            return ".png", self.save_png()
+        target = self.file.with_name(self.file.name + f".{format}")
+        if format == "npy":
+            copy = np.lib.format.open_memmap(target, "w+", self.dtype, (self.H, self.W))
+            for start in range(0, self.H, 256):
+                copy[start : start + 256] = self.rows(slice(start, min(start + 256, self.H)))
+        else:
+            rows = range(0, self.H, 256)
+            strips = (np.asarray(self.rows(slice(start, min(start + 256, self.H)))) for start in rows)
+            tiff_writer()(target, strips, shape=(self.H, self.W), dtype=self.dtype, rowsperstrip=256, compression="zstd", predictor=True)  # fmt: skip
+        self.file.unlink()
+        return f".{format}", target
+
+    def save_png(self, colours_C3: np.ndarray | None = None) -> Path:
+        """As PNG, grey, or with a palette; Pillow takes the pixels where they lie."""
+        target = self.file.with_name(self.file.name + ".png")
+        mode = "I;16" if self.dtype.itemsize == 2 else "P"
+        picture = Image.frombuffer(mode, (self.W, self.H), self.rows(slice(0, self.H)), "raw", mode, 0, 1)
+        if colours_C3 is not None:
+            picture.putpalette(colours_C3.tobytes())
+        picture.save(target, compress_level=1, compress_type=zlib.Z_RLE)
+        self.file.unlink()
+        return target

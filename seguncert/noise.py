@@ -1,0 +1,81 @@
+"""Random bits for every place of a feature map: a function of a key, the channel, the row and the column, and of nothing else.
+
+A dropout mask made of them is the same for a place whether a picture is run whole or in pieces, in whatever memory
+layout and by however many threads, and no number before it need be drawn. A place hashes its coordinates by rounds of
+shift and multiply over 32 bits (constants of the low-bias search of C. Wellons, "Prospecting for hash functions", 2018);
+64 bits of key, then channel, row and column go in one after another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+GOLDEN, MIX, MIX_LAST = np.uint32(0x9E3779B9), np.uint32(0x21F0AAAD), np.uint32(0x735A2D97)
+SHIFT_15, SHIFT_16 = np.uint32(15), np.uint32(16)
+
+
+def keep_or_drop(
+    key: int,
+    keep: float,
+    kept: float,
+    shape: tuple[int, int, int],
+    origin: tuple[int, int] = (0, 0),
+    last: bool = False,
+) -> np.ndarray:
+    """(K, H, W) float32: `kept` with probability `keep`, else 0, for the rows and columns from `origin` on.
+
+    `key` has 64 bits. With `last` the channels of a place lie side by side in memory, as a net may have its features.
+
+    >>> whole = keep_or_drop(7, 0.5, 2.0, (3, 8, 8))
+    >>> bool((whole[:, 2:, 3:] == keep_or_drop(7, 0.5, 2.0, (3, 6, 5), (2, 3), last=True)).all())
+    True
+    """
+    K, H, W = shape
+    mask_KHW = np.empty((H, W, K), np.float32).transpose(2, 0, 1) if last else np.empty(shape, np.float32)
+    _fill(
+        np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32 & 0xFFFFFFFF), np.uint32(min(round(keep * 2**32), 2**32 - 1)),
+        np.float32(kept), np.uint32(origin[0]), np.uint32(origin[1]),
+        mask_KHW.transpose(1, 2, 0) if last else mask_KHW, last,
+    )  # fmt: skip
+    return mask_KHW
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return njit(nogil=True, cache=True)(inspect.unwrap(function))
+
+
+@_compiled
+def _hash(value, other):
+    h = np.uint32(value ^ np.uint32(value >> SHIFT_16))
+    h = np.uint32(np.uint32(h * MIX) ^ other)
+    h = np.uint32(np.uint32(h ^ np.uint32(h >> SHIFT_15)) * MIX_LAST)
+    return np.uint32(h ^ np.uint32(h >> SHIFT_15))
+
+
+@_compiled
+def _fill(key, key2, below, kept, first_row, first_column, mask, last):
+    """`mask` is (H, W, K) if `last`, else (K, H, W); the innermost loop is along what lies side by side."""
+    H, W, K = mask.shape if last else (mask.shape[1], mask.shape[2], mask.shape[0])
+    row_K, row2_K = np.empty(K, np.uint32), np.empty(K, np.uint32)
+    for y in range(H):
+        for k in range(K):
+            channel = _hash(np.uint32(key + np.uint32(k)), key2)
+            channel2 = _hash(np.uint32(key2 + np.uint32(k)), key)
+            row_K[k] = _hash(np.uint32(channel + np.uint32(first_row + np.uint32(y))), channel2)
+            row2_K[k] = _hash(np.uint32(channel2 + np.uint32(first_row + np.uint32(y))), channel)
+        if last:
+            for x in range(W):
+                place, mask_K = np.uint32(np.uint32(np.uint32(x) + first_column) * GOLDEN), mask[y, x]
+                for k in range(K):
+                    mask_K[k] = kept if _hash(np.uint32(place + row_K[k]), row2_K[k]) < below else np.float32(0)
+        else:
+            for k in range(K):
+                row, row2, mask_W = row_K[k], row2_K[k], mask[k, y]
+                for x in range(W):
+                    place = np.uint32(np.uint32(np.uint32(x) + first_column) * GOLDEN)
+                    mask_W[x] = kept if _hash(np.uint32(place + row), row2) < below else np.float32(0)

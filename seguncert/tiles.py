@@ -1,0 +1,286 @@
+"""A photo of any size, block by block: what every way of drawing predictions has in common.
+
+Tiles inside out: for each block of a photo all samples are drawn and reduced to moments, and the moments of neighbours are
+blended, so that what is held grows neither with the number of samples nor with the picture. A block is cut in the photo's
+own pixels; the net is given the pixels around it too, at its own scale, from a multiple of its divisor on. Neighbours
+overlap by a strip in which one fades into the other; of one sample they share the dropout masks, so that they agree
+wherever the net does not see past what it is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from seguncert.model import Model, ModelError
+from seguncert.moments import Moments
+from seguncert.predict import positions, resize_photo, scale_factor
+
+TILE = 2048  # pixels a side that a net is given at once; larger pictures are run in blocks
+MARGIN = 256  # of them around each block, whose own results are not used
+FADE = 32  # pixels of the photo on either side of a block's edge in which it fades into its neighbour
+WHOLE, BLOCK = (
+    1 << 30,
+    256 << 20,
+)  # bytes of moments of a photo that is run as one block, and of a block of a larger one
+MOST = 4 << 30  # bytes of moments that are put together
+
+
+class Picture:
+    """A photo and, once they are asked for, its pixels at other sizes, and its mirror images."""
+
+    def __init__(self, rgb: UInt8[np.ndarray, "H W 3"]):
+        self.rgb = rgb
+        self._sizes: dict[tuple[int, int], np.ndarray] = {}
+        self._mirrored: dict[tuple[int, ...], Picture] = {}
+
+    def at_size(self, h: int, w: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Resized; kept, since every block asks for it."""
+        if (h, w) == self.rgb.shape[:2]:
+            return self.rgb
+        if (h, w) not in self._sizes:
+            self._sizes[h, w] = resize_photo(self.rgb, h, w)
+        return self._sizes[h, w]
+
+    def mirrored(self, axes: tuple[int, ...]) -> Picture:
+        """Reversed along rows (0), columns (1) or both."""
+        if axes not in self._mirrored:
+            self._mirrored[axes] = Picture(np.ascontiguousarray(np.flip(self.rgb, axes)))
+        return self._mirrored[axes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a net is given of a block: pixels at its scale, and where they begin in the whole.
+
+    `row_position` and `column_position` say where the block's rows and columns lie among them; `same_scale` says that the
+    photo was not resized for the net.
+    """
+
+    rgb: UInt8[np.ndarray, "h w 3"]
+    row_position: np.ndarray
+    column_position: np.ndarray
+    origin: tuple[int, int]
+    same_scale: bool
+
+    def positions_in(
+        self, shape: tuple[int, int], padded: tuple[int, int], align_corners: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where rows and columns lie in a map of `shape` that covers the padded pixels."""
+        row_position, column_position = self.row_position, self.column_position
+        if shape[0] != padded[0]:
+            row_position = positions(shape[0], padded[0], align_corners, row_position)
+        if shape[1] != padded[1]:
+            column_position = positions(shape[1], padded[1], align_corners, column_position)
+        return row_position, column_position
+
+
+@dataclass(frozen=True)
+class Look:
+    """A block of a photo, and by how much it is resized for a net: `scale` as the user says it, times `zoom`."""
+
+    picture: Picture
+    rows: slice
+    columns: slice
+    scale: str | float = "auto"
+    zoom: float = 1.0
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what samplers made of it, for the next samples
+
+    def piece(self, model: Model) -> Piece:
+        """What `model` is given for it."""
+        H, W = self.picture.rgb.shape[:2]
+        factor = scale_factor(model, H, W, self.scale) * self.zoom
+        h, w = max(1, round(factor * H)), max(1, round(factor * W))
+        rgb = self.picture.at_size(h, w)
+        row_position, first_row, last_row = _around(self.rows, H, h, model.divisor)
+        column_position, first_column, last_column = _around(self.columns, W, w, model.divisor)
+        part = np.ascontiguousarray(rgb[first_row:last_row, first_column:last_column])
+        return Piece(
+            part,
+            row_position - first_row,
+            column_position - first_column,
+            (first_row, first_column),
+            rgb is self.picture.rgb,
+        )
+
+    def mirrored(self, axes: tuple[int, ...]) -> Look:
+        """The same block in the mirror image."""
+        H, W = self.picture.rgb.shape[:2]
+        rows = slice(H - self.rows.stop, H - self.rows.start) if 0 in axes else self.rows
+        columns = slice(W - self.columns.stop, W - self.columns.start) if 1 in axes else self.columns
+        picture = self.picture.mirrored(axes) if axes else self.picture
+        return replace(self, picture=picture, rows=rows, columns=columns, kept={})
+
+
+def _around(block: slice, size: int, length: int, divisor: int) -> tuple[np.ndarray, int, int]:
+    """Where the pixels of a block lie in the resized line, and the part of that line that the net is given."""
+    position = positions(length, size)[block]
+    if block == slice(0, size):
+        return position, 0, length
+    first = max(0, int(position[0]) - MARGIN) // divisor * divisor
+    return position, first, min(length, int(position[-1]) + 2 + MARGIN)
+
+
+class Sampler:
+    """A way to draw predictions for a photo. Those that there are differ in `add`."""
+
+    classes: tuple[str, ...]
+    drawn = True  # whether there is a number of samples to choose
+    alike = True  # whether all samples are draws from one distribution
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """In what way, for run.json."""
+        raise NotImplementedError
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Within, the nets are set up; for many photos in a row, on any threads."""
+        raise NotImplementedError
+
+    def largest(self, H: int, W: int, scale: str | float) -> float:
+        """The largest factor by which a photo of H × W pixels is resized."""
+        raise NotImplementedError
+
+    def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
+        """Add samples of the block to its moments. A way that draws none adds the one prediction that it makes."""
+        raise NotImplementedError
+
+    def moments(
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        samples: int = 20,
+        seed: int = 0,
+        scale: str | float = "auto",
+        tile: int = TILE,
+    ) -> Moments:
+        """Moments of `samples` samples at the size of the photo.
+
+        Raises ModelError where a net gives a value that is not finite or the moments need more than `MOST` bytes,
+        ValueError for fewer than 2 samples.
+        """
+        H, W, C = *rgb.shape[:2], len(self.classes)
+        if 4 * (2 * C + 1) * H * W > MOST:
+            raise ModelError(
+                f"the moments of {C} classes at {W}x{H} pixels take {4 * (2 * C + 1) * H * W / 2**30:.1f} GiB."
+                f" Expected at most {MOST / 2**30:.0f}. `seguncert export` writes maps of such pictures block by block."
+            )
+        whole = None
+        for rows, columns, moments in self.blocks(rgb, samples, seed, scale, tile):
+            if moments.entropy_HW.shape == (H, W):
+                return moments
+            whole = whole or Moments.empty(C, H, W)
+            whole.put(rows, columns, moments)
+        assert whole is not None
+        return whole
+
+    def blocks(
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        samples: int = 20,
+        seed: int = 0,
+        scale: str | float = "auto",
+        tile: int = TILE,
+    ) -> Iterator[tuple[slice, slice, Moments]]:
+        """Rows, columns and moments, one block after another; together they are the photo. From the top, row by row."""
+        if self.drawn and samples < 2:
+            raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
+        H, W, picture = *rgb.shape[:2], Picture(rgb)
+        factor, each = self.largest(H, W, scale), 4 * (2 * len(self.classes) + 1)
+        step = math.inf
+        if not fits(H, W, factor, tile) or each * H * W > WHOLE:
+            step = max(4.0 * FADE, min((tile - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
+
+        def predict(rows: slice, columns: slice) -> Moments:
+            return self._draw(Look(picture, rows, columns, scale), range(samples), seed)
+
+        yield from blended(H, W, step, predict)
+
+    def batches(
+        self, rgb: UInt8[np.ndarray, "H W 3"], size: int, seed: int = 0, scale: str | float = "auto"
+    ) -> Iterator[Moments]:
+        """Moments of the first `size` samples, of the next ones, and so on without end. Only for photos that fit."""
+        H, W = rgb.shape[:2]
+        if not fits(H, W, self.largest(H, W, scale)):
+            raise ModelError(f"samples auto: expected a picture that is run whole, at most {TILE} pixels a side."
+                             f" Received: {W}x{H} at scale {scale}. Set a number of samples.")  # fmt: skip
+        look = Look(Picture(rgb), slice(0, H), slice(0, W), scale)
+        for first in itertools.count(0, size):
+            yield self._draw(look, range(first, first + size), seed)
+
+    def _draw(self, look: Look, samples: range, seed: int) -> Moments:
+        rows, columns = look.rows, look.columns
+        moments = Moments.empty(len(self.classes), rows.stop - rows.start, columns.stop - columns.start)
+        with torch.inference_mode(), self.ready():
+            self.add(moments, look, samples, seed)
+        if not torch.isfinite(moments.entropy_HW.sum()):
+            raise ModelError("the net gave values that are not finite for this picture")
+        return moments
+
+
+def fits(H: int, W: int, factor: float, tile: int = TILE) -> bool:
+    """Whether a net is given a photo of H × W pixels whole."""
+    return factor * max(H, W) <= tile + 0.5
+
+
+def blended(
+    H: int, W: int, step: float, predict: Callable[[slice, slice], Moments]
+) -> Iterator[tuple[slice, slice, Moments]]:
+    """Moments of blocks about `step` pixels wide, each faded into its neighbours over 2 · `FADE` pixels.
+
+    Held besides the block under way are the strips that it shares with the one before it and with those above.
+    """
+    above: list[tuple[slice, Moments]] = []
+    for rows in _ranges(H, step):
+        left, below = None, []
+        for columns in _ranges(W, step):
+            moments = predict(rows, columns)
+            _fade(moments, 1, rows, H)
+            _fade(moments, 2, columns, W)
+            if left is not None:
+                moments.at(columns=slice(0, 2 * FADE)).plus(left)
+            stop = columns.stop
+            if stop < W:
+                stop -= 2 * FADE
+                left = moments.at(columns=slice(stop - columns.start, None)).copy()
+            done, width = slice(columns.start, stop), stop - columns.start
+            moments = moments.at(columns=slice(0, width))
+            for place, strip in above:
+                if place == done:
+                    moments.at(rows=slice(0, 2 * FADE)).plus(strip)
+            last = rows.stop
+            if last < H:
+                last -= 2 * FADE
+                below.append((done, moments.at(rows=slice(last - rows.start, None)).copy()))
+            yield slice(rows.start, last), done, moments.at(rows=slice(0, last - rows.start))
+        above = below
+
+
+def _ranges(length: int, step: float) -> list[slice]:
+    """Ranges of about the same length that cover a line and overlap by 2 · `FADE`."""
+    count = max(1, math.ceil(length / step))
+    edges = [round(length * k / count) for k in range(count + 1)]
+    return [
+        slice(max(0, start - FADE) if start else 0, stop + FADE if stop < length else length)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _fade(moments: Moments, axis: int, block: slice, length: int) -> None:
+    """Multiply the ends that a neighbour shares by weights that add up to 1 with the neighbour's."""
+    if block.start == 0 and block.stop == length:
+        return
+    weight = torch.ones(block.stop - block.start)
+    ramp = (torch.arange(2 * FADE) + 0.5) / (2 * FADE)
+    if block.start > 0:
+        weight[: 2 * FADE] = ramp
+    if block.stop < length:
+        weight[-2 * FADE :] = ramp.flip(0)
+    moments.weigh(weight.view(-1, 1) if axis == 1 else weight)
