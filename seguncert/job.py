@@ -38,6 +38,7 @@ FORMATS = ("png16", "npy", "tiff")
 LARGE = 64_000_000  # pixels of a photo whose maps go to the disk block by block
 ERROR_BINS = 1 << 14  # of the histogram from which the quantile of the Monte-Carlo error is read
 ERROR_SHARE = 0.99
+TILE = 256  # of a large TIFF
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Job:
 
     def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
         """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
-        if self.method == "none":
+        if self.method == "none" and self.views is None:
             model, engine = on_backend(models[0], self.backend, self.precision, workers)
             return model, None, {"backend": engine}
         sampler = sampler_for(
@@ -323,11 +324,15 @@ class _Sheet:
             for start in range(0, self.H, 256):
                 copy[start : start + 256] = self.rows(slice(start, min(start + 256, self.H)))
         else:
-            rows = range(0, self.H, 256)
-            strips = (np.asarray(self.rows(slice(start, min(start + 256, self.H)))) for start in rows)
-            tiff_writer()(target, strips, shape=(self.H, self.W), dtype=self.dtype, rowsperstrip=256, compression="zstd", predictor=True)  # fmt: skip
+            settings = {"tile": (TILE, TILE), "compression": "zstd", "predictor": True}
+            tiff_writer()(target, self._tiles(), shape=(self.H, self.W), dtype=self.dtype, **settings)
         self.file.unlink()
         return f".{format}", target
+
+    def _tiles(self) -> Iterator[np.ndarray]:
+        for start in range(0, self.H, TILE):
+            rows_RW = self.rows(slice(start, min(start + TILE, self.H)))
+            yield from (np.asarray(rows_RW[:, left : left + TILE]) for left in range(0, self.W, TILE))
 
     def save_png(self, colours_C3: np.ndarray | None = None) -> Path:
         """As PNG, grey, or with a palette; Pillow takes the pixels where they lie."""

@@ -21,6 +21,7 @@ from seguncert.sampling import DropoutSampler, SamplingFree, add_logits
 from seguncert.tiles import Look, Sampler
 
 MIRRORS = {"flip": (1,), "flip-vertical": (0,)}
+MIRRORED = {(): "as it is", (1,): "left and right", (0,): "up and down", (0, 1): "turned by 180 degrees"}
 ZOOMS = (0.8, 1.25)  # of tta, where nothing else is asked for
 
 
@@ -79,13 +80,10 @@ class Together(Sampler):
     @property
     def how(self) -> dict[str, Any]:
         """How each net is run, and the views in which it sees a photo."""
-        seen = [
-            f"mirrored along {view.axes}, scale x {view.zoom:g}"
-            for view in self.views
-            if view.sampler is self.samplers[0]
-        ]
+        first = [view for view in self.views if view.sampler is self.samplers[0]]
+        seen = [f"{MIRRORED[view.axes]}, scale x {view.zoom:g}" for view in first]
         nets = [sampler.how for sampler in self.samplers]
-        return {"views": seen} | (nets[0] if len(nets) == 1 else {"nets": nets})
+        return ({"views": seen} if len(seen) > 1 else {}) | (nets[0] if len(nets) == 1 else {"nets": nets})
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ from torch import nn
 
 import seguncert
 from hostile import make_hostile
-from seguncert import batch
+from seguncert import batch, job, tiles
 from seguncert.batch import export, list_images
 from seguncert.image import ImageError
 from seguncert.model import wrap_model
@@ -424,3 +425,108 @@ def test_a_net_without_dropout_is_one_line(pictures, small_model, tmp_path):
     assert run.returncode == 2 and "it has no dropout. Put dropout in with insert-dropout PLACE:P" in run.stderr
     run = subprocess.run([*arguments, "--insert-dropout", "decoder"], capture_output=True, text=True)
     assert run.returncode == 2 and "insert-dropout: expected PLACE:P, as segm" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "method, more", [("tta", {"views": ["flip"]}), ("ensemble", {}), ("mc-dropout+tta", {"samples": 3})]
+)
+def test_other_ways_to_draw_predictions(method, more, pictures, small_model, tmp_path):
+    insert = {"segmentation_head": 0.3} if "mc-dropout" in method else None
+    spec = [small_model, small_model] if method == "ensemble" else small_model
+    assert export(pictures, tmp_path, spec, device="cpu", method=method, insert_dropout=insert, **more).done == 24
+    run, rows = json.loads((tmp_path / "run.json").read_text()), rows_of(tmp_path)
+    assert run["method"] == method and len(run.get("views", run.get("nets", []))) > 1
+    path = list(rows)[4]
+    loaded = [seguncert.load_model(small_model, "cpu", insert) for _ in range(1 + (method == "ensemble"))]
+    result = seguncert.analyse(loaded, pictures / path, method=method, **more)
+    assert "confidence_error" not in rows[path] and not result.errors, "views are no random draws"
+    for name, map_HW in result.maps.items():
+        stored = cv2.imread(str(tmp_path / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+        assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
+    assert method == "ensemble" or result.maps["variance"].max() > 1e-3
+
+
+def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
+    settings = {"method": "mc-dropout", "samples": "auto", "insert_dropout": {"segmentation_head": 0.3}}
+    maps = ["confidence", "mutual_information"]
+    for bound in (0.02, 0.005):
+        out = tmp_path / str(bound)
+        export(pictures, out, small_model, device="cpu", maps=maps, max_error=bound, **settings)
+        rows = rows_of(out).values()
+        assert all(float(row["confidence_error"]) <= bound + 1e-4 for row in rows if int(row["samples"]) < 1000)
+        assert all(float(row["mutual_information_error"]) > 0 for row in rows)
+    few, many = ([int(row["samples"]) for row in rows_of(tmp_path / str(bound)).values()] for bound in (0.02, 0.005))
+    assert np.mean(many) > 3 * np.mean(few) and min(few) >= 40
+    model = seguncert.load_model(small_model, "cpu", settings["insert_dropout"])
+    path = next(iter(rows_of(out)))
+    result = seguncert.analyse(model, pictures / path, method="mc-dropout", samples="auto", maps=maps, max_error=0.02)
+    many = seguncert.analyse(model, pictures / path, method="mc-dropout", samples=1000, seed=9, maps=maps)
+    for name in maps:  # the error is about as large as the difference to many samples of another seed
+        off = np.abs(result.maps[name] - many.maps[name])
+        assert 0.4 < np.sqrt((off**2).mean() / (result.errors[name] ** 2).mean()) < 2.5
+
+
+@pytest.mark.parametrize("format", ["png16", "npy", "tiff"])
+@pytest.mark.parametrize("method", ["none", "mc-dropout"])
+def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
+    format, method, pictures, small_model, tmp_path, monkeypatch
+):
+    import tifffile
+
+    source = tmp_path / "in"
+    source.mkdir()
+    rgb = cv2.resize(cv2.imread(str(next(pictures.rglob("*.png")))), (610, 433), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(source / "large.png"), rgb)
+    settings = {"method": method, "samples": 4, "format": format, "device": "cpu", "scale": "native"}
+    settings |= {"insert_dropout": {"segmentation_head": 0.3}} if method != "none" else {}
+    export(source, tmp_path / "whole", small_model, **settings)
+    monkeypatch.setattr(job, "LARGE", 1000)
+    monkeypatch.setattr(tiles, "WHOLE", 1000)
+    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
+    export(source, tmp_path / "cut", small_model, **settings)
+    folder = tmp_path / "cut" / "large.png"
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole" / "large.png"))
+    read = {
+        "png16": lambda file: cv2.imread(str(file), cv2.IMREAD_UNCHANGED) / 65535,
+        "npy": np.load,
+        "tiff": tifffile.imread,
+    }[format]
+    for file in folder.iterdir():
+        whole = tmp_path / "whole" / "large.png" / file.name
+        if file.name == "labels.png":
+            with Image.open(file) as cut, Image.open(whole) as expected:
+                assert cut.mode == "P" and cut.getpalette()[:9] == expected.getpalette()[:9]
+                assert (np.asarray(cut) == np.asarray(expected)).mean() > 0.999
+        elif file.name == "overlay.jpg":
+            one, other = (cv2.imread(str(each)).astype(int) for each in (file, whole))
+            assert one.shape == other.shape and np.abs(one - other).mean() < 2
+        else:
+            cut, expected = read(file), read(whole)
+            assert cut.shape == (433, 610) and expected.max() > 0.01
+            assert np.abs(cut - expected).max() < 2e-3 and np.abs(cut - expected).mean() < 1e-4
+    one, other = (rows_of(tmp_path / each)["large.png"] for each in ("whole", "cut"))
+    for name in one:
+        if name.endswith(("_mean", "_error")):
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"samples": "auto"}, "samples auto: expected a method with mc-dropout. Received: 'none'"),
+        ({"method": "tta", "views": ["spin"]}, "views: expected flip, flip-vertical, or factors"),
+        ({"views": ["flip"]}, "views: expected with them the method tta. Received: 'none'"),
+        ({"method": "mc-dropout", "max_error": 2.0}, "max-error: expected a share of full scale between 0 and 1. Received: 2.0"),
+        ({"method": "ensemble"}, "method: expected ensemble with several models"),
+        ({"insert_dropout": {"encoder": 0.1}}, "insert-dropout: expected with it the method mc-dropout or sampling-free. Received: none"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_of_samples(settings, message, pictures, small_model, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(pictures, tmp_path / "o", small_model, **settings)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_number_of_samples_that_is_none():
+    with pytest.raises(ValueError, match="samples: expected a number, or auto. Received: 'many'"):
+        batch.check_settings("mc-dropout", None, "many", 0)

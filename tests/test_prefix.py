@@ -89,6 +89,15 @@ def unet():
     return net
 
 
+def segformer():
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(
+        num_labels=3, depths=[1, 1, 1, 1], hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
 NETS = {
     "fpn": lambda: smp.FPN("resnet18", encoder_weights=None, classes=3),
     "unet": unet,
@@ -96,6 +105,7 @@ NETS = {
     "torchvision": lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=3
     ),
+    "segformer": segformer,
     "in place": InPlace,
     "writes later": WritesLater,
     "shared": Shared,

@@ -229,7 +229,7 @@ def test_maps_whose_colours_end_early_say_so_and_are_coloured_alike():
     counts = [90, 0, 0, 0, 0, 0, 0, 6, 0, 0, 4] + [0] * 53
     run = RUN | {"maps": {"mutual_information": disagreement}, "method": "mc-dropout", "samples": 20}
     html = page([], run, {"mutual_information": counts})
-    assert "from 20 samples of the network's softmax" in html and "and end at 0.1 of full scale" in html
+    assert "pooled from many predictions (mc-dropout, 20 samples)" in html and "and end at 0.1 of full scale" in html
     assert "10 % are above 0.109, where the colours of the overlays end. 100 pixels in all." in html
     doubtful = "#{:02x}{:02x}{:02x}".format(*tuple(doubt_ramp("low")[255][:3]))
     assert html.count(f'fill="{doubtful}"') == 2

@@ -1,0 +1,141 @@
+"""Print what sampling is worth: calibration and error detection of none, MC dropout, flips and scales, and all together.
+
+    python -m seguncert.apps.methods street IMAGES LABELS --ignore-index 11
+
+All pixels of all images are pooled, at the images' own sizes; nothing is calibrated. In brackets is the middle 95 % of a
+bootstrap over clusters (200 replicates): sequences (the name before _) where there are several, else runs of neighbours.
+Below each way stands how far it is from the first, paired by cluster, so that the bootstrap sees the same images.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from seguncert.evaluation import IGNORED, find_pairs, read_label
+from seguncert.image import read_image
+from seguncert.metrics import Evaluation
+from seguncert.model import load_model
+from seguncert.run import check_settings, describe_photo, predict_photo, sampler_for
+
+METHODS = "none,sampling-free,mc-dropout,tta,mc-dropout+tta"
+FIGURES = {
+    "NLL / nat": "nll",
+    "ECE": "ece",
+    "Brier": "brier",
+    "mIoU": "miou",
+    "AUROC": "error_auroc.confidence",
+    "AURC": "aurc.confidence",
+}
+SPREAD = ("mutual_information", "variance")
+
+
+def clusters(names: list[str], run: int) -> dict[str, str]:
+    """The cluster of each image: its sequence where there are several, else `run` neighbours in a row.
+
+    >>> clusters(["a_1", "a_2", "b_1"], 10)
+    {'a_1': 'a', 'a_2': 'a', 'b_1': 'b'}
+    >>> clusters(["a_1", "a_2", "a_3"], 2)
+    {'a_1': '0', 'a_2': '0', 'a_3': '1'}
+    """
+    sequences = {name: name.split("_")[0] for name in names}
+    if len(set(sequences.values())) > 1:
+        return sequences
+    return {name: str(number // run) for number, name in enumerate(sorted(names))}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="bundled model or model folder")],
+    images: Path,
+    labels: Path,
+    ignore_index: Annotated[int | None, typer.Option(help="label of pixels that do not count")] = None,
+    methods: Annotated[str, typer.Option(help="as of seguncert export, comma between")] = METHODS,
+    samples: int = 20,
+    seed: int = 0,
+    run: Annotated[int, typer.Option(help="images in a row that are a cluster, where there is one sequence")] = 10,
+    scale: str = "auto",
+) -> None:
+    """Measure and print."""
+    net = load_model(model)
+    pairs = find_pairs(images, labels)
+    of_cluster = clusters([image.stem for image, _ in pairs], run)
+    count = len(set(of_cluster.values()))
+    console = Console(width=200)
+    console.print(
+        f"{model}, sha256 {net.sha256[:12]}…, {len(pairs)} images of {images} in {count} clusters, ignore index {ignore_index},"
+        f" {samples} samples, seed {seed}, scale {scale}, not calibrated"
+    )
+    table = Table("method", *FIGURES, *(f"AUROC {name}" for name in SPREAD), "ms / image")
+    plain: list[Evaluation] = []
+    for method in methods.split(","):
+        spread = SPREAD if method != "none" else ()
+        sampler = None if method == "none" else sampler_for([net], method)
+        names = check_settings(method, ["confidence", *spread], samples, seed)
+        evaluation, seconds = (
+            Evaluation.empty(len(net.classes), ignore_index=IGNORED, maps=dict.fromkeys(spread, "low")),
+            0.0,
+        )
+        for image, label in track(pairs, method, console=Console(stderr=True)):
+            rgb = read_image(image).rgb
+            labels_HW = read_label(label, len(net.classes), ignore_index)
+            started = time.perf_counter()
+            logits, moments, _ = predict_photo(net, sampler, rgb, names, samples, seed, scale)
+            seconds += time.perf_counter() - started
+            found = describe_photo(logits, moments, *labels_HW.shape, names)[1]
+            sums = evaluation.begin()
+            log_probs_CHW = logits if moments is not None else _at_size(logits, *labels_HW.shape)
+            sums.update(log_probs_CHW, labels_HW, {name: found[name] for name in spread})
+            evaluation.add(sums, cluster=of_cluster[image.stem])
+        plain = plain or [evaluation]
+        values, intervals = evaluation.compute(), evaluation.intervals()
+        cells = [_cell(values[name], intervals[name]) for name in FIGURES.values()]
+        cells += [
+            _cell(values[key], intervals[key]) if key in values else ""
+            for key in (f"error_auroc.{name}" for name in SPREAD)
+        ]
+        table.add_row(method, *cells, f"{1000 * seconds / len(pairs):.0f}")
+        if evaluation is not plain[0]:
+            base, low_high = plain[0].compute(), _differences(plain[0], evaluation)
+            table.add_row(
+                "  less none", *(_cell(values[name] - base[name], low_high[name], "+") for name in FIGURES.values())
+            )
+    console.print(table)
+
+
+def _at_size(logits: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    from seguncert.predict import rows_at_size
+
+    return torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
+
+
+def _differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float]]:
+    """Interval of what the other has more, replicate by replicate: both have the same weights."""
+    ones, others = one.replicates(), other.replicates()
+    found = {}
+    for name in FIGURES.values():
+        low, high = np.quantile(others[name] - ones[name], [0.025, 0.975])
+        found[name] = float(low), float(high)
+    return found
+
+
+def _cell(value: float, interval: Iterable[float], sign: str = "") -> str:
+    low, high = interval
+    return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ValueError as error:  # the user's to mend: one line
+        print(error, file=sys.stderr)
+        sys.exit(2)
