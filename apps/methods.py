@@ -26,6 +26,7 @@ from seguncert.evaluation import IGNORED, find_pairs, read_label
 from seguncert.image import read_image
 from seguncert.metrics import Evaluation
 from seguncert.model import load_model
+from seguncert.predict import rows_at_size
 from seguncert.run import check_settings, describe_photo, predict_photo, sampler_for
 
 METHODS = "none,sampling-free,mc-dropout,tta,mc-dropout+tta"
@@ -91,9 +92,10 @@ def main(
             started = time.perf_counter()
             logits, moments, _ = predict_photo(net, sampler, rgb, names, samples, seed, scale)
             seconds += time.perf_counter() - started
-            found = describe_photo(logits, moments, *labels_HW.shape, names)[1]
+            H, W = labels_HW.shape
+            found = describe_photo(logits, moments, H, W, names)[1]
             sums = evaluation.begin()
-            log_probs_CHW = logits if moments is not None else _at_size(logits, *labels_HW.shape)
+            log_probs_CHW = torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
             sums.update(log_probs_CHW, labels_HW, {name: found[name] for name in spread})
             evaluation.add(sums, cluster=of_cluster[image.stem])
         plain = plain or [evaluation]
@@ -110,12 +112,6 @@ def main(
                 "  less none", *(_cell(values[name] - base[name], low_high[name], "+") for name in FIGURES.values())
             )
     console.print(table)
-
-
-def _at_size(logits: torch.Tensor, H: int, W: int) -> torch.Tensor:
-    from seguncert.predict import rows_at_size
-
-    return torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
 
 
 def _differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float]]:

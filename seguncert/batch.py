@@ -16,7 +16,7 @@ import cv2
 import torch
 
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
-from seguncert.job import FORMATS, Files, Job, process, tiff_writer
+from seguncert.job import FORMATS, Files, Job, available_cores, process, tiff_writer
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
 from seguncert.run import check_settings
@@ -96,7 +96,7 @@ def export(
         raise ValueError(
             f"OUT: expected a new folder or one of an earlier run. Received: {out}, which is {'IN' if out.is_dir() else 'a file'}"
         )
-    workers = workers or min(_cores(), 16)
+    workers = workers or min(available_cores(), 16)
     if insert_dropout and not {"mc-dropout", "sampling-free"} & set(method.split("+")):
         raise ValueError(f"insert-dropout: expected with it the method mc-dropout or sampling-free. Received: {method}")
     given = [model] if isinstance(model, (Model, str, os.PathLike)) else list(model)
@@ -257,7 +257,3 @@ def _counter(progress: Callable[[int, int, int], None] | None, before: int, tota
 def _identity(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -80,6 +80,17 @@ def accumulate_linear(
     )  # fmt: skip
 
 
+def spread(
+    moments: Moments, coarse: Moments, rows: slice, row_position: np.ndarray, column_position: np.ndarray
+) -> None:
+    """Set whole rows of `moments` to those of a coarser grid, interpolated: the positions are places in that grid."""
+    R, W = coarse.entropy_HW.shape
+    places = *_neighbours(row_position, R), *_neighbours(column_position, W)
+    _spread(coarse.mean_CHW.numpy(), *places, moments.mean_CHW[:, rows].numpy())
+    _spread(coarse.squares_CHW.numpy(), *places, moments.squares_CHW[:, rows].numpy())
+    _spread(coarse.entropy_HW[None].numpy(), *places, moments.entropy_HW[None, rows].numpy())
+
+
 def _per_log(C: int) -> int:
     """Of how many sums over C classes, each from 1 to C, the product is a float32."""
     return max(1, int(85 / math.log(C)))
@@ -248,6 +259,22 @@ def _widen(line_SCw, first, left_B, right_B, wide_SCB):
                     left = np.uint32(left_B[x] - first)  # unsigned: no index from the end is looked for
                     here, there = line_w[left], line_w[min(left + np.uint32(1), last)]
                     wide_B[x] = here + right_B[x] * (there - here)
+
+
+@_compiled
+def _spread(coarse_PHW, above_R, down_R, left_W, right_W, fine_PRW):
+    P, H, W = coarse_PHW.shape
+    between_W, last = np.empty(W, np.float32), np.uint32(W - 1)
+    for p in range(P):
+        for y in range(len(above_R)):
+            upper_W, lower_W = coarse_PHW[p, above_R[y]], coarse_PHW[p, min(above_R[y] + 1, H - 1)]
+            down, fine_W = down_R[y], fine_PRW[p, y]
+            for x in range(W):
+                between_W[x] = upper_W[x] + down * (lower_W[x] - upper_W[x])
+            for x in range(len(left_W)):
+                left = np.uint32(left_W[x])
+                here, there = between_W[left], between_W[min(left + np.uint32(1), last)]
+                fine_W[x] = here + right_W[x] * (there - here)
 
 
 @_compiled

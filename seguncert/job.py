@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 from seguncert import maps as maps_
@@ -115,6 +116,11 @@ class Job:
         }  # fmt: skip
 
 
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Budget:
     """At most `total` of something at once, shared by threads; one that needs more waits until it is alone."""
 
@@ -195,9 +201,9 @@ def _in_blocks(
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
     sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.maps}
     labels = _Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
-    for rows, columns, labels_RW, maps_RW, moments in describe_blocks(
-        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale
-    ):
+    blocks = describe_blocks(model, sampler, rgb, job.maps, job.samples, job.seed, job.scale)
+    torch.set_num_threads(available_cores())  # it waited until it was alone
+    for rows, columns, labels_RW, maps_RW, moments in blocks:
         labels.put(rows, columns, labels_RW)
         for name, map_RW in maps_RW.items():
             sums[name].add(map_RW)
@@ -205,6 +211,7 @@ def _in_blocks(
         for name in errors:
             sums[_error(name)].add(moments.standard_error_HW().numpy())
 
+    torch.set_num_threads(1)
     small = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
     first = sheets[job.maps[0]].shrunk(*small.shape[:2])
     files: Files = {"labels.png": labels.save_png(model.colours)}

@@ -5,6 +5,7 @@ What is held does not grow with the number of samples: the features at the dropo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from seguncert.backends import check_backend, choose
 from seguncert.dropout import Masks, functional_dropout, require_dropout
-from seguncert.fused import accumulate
+from seguncert.fused import accumulate, spread
 from seguncert.model import Model, ModelError, evaluating, net_logits, raw_logits
 from seguncert.moments import Moments
 from seguncert.predict import net_input, planes, scale_factor
@@ -119,39 +120,34 @@ class DropoutSampler(Sampler):
 
     def _add_linear(self, moments: Moments, kept: dict[str, Any], samples: range, seed: int) -> bool:
         """One pass up to the dropout; from there all samples in one product. False, where the net is not so for this size."""
-        if self.tail is None or (self.tail.resize is not None and not kept["piece"].same_scale):
+        tail = self.tail
+        if tail is None or (tail.resize is not None and not kept["piece"].same_scale) or not self._keep_features(kept):
             return False
-
-        def add(tail: LinearTail, features_KHW: Tensor, band: slice, rows: np.ndarray, columns: np.ndarray) -> None:
-            for first in range(0, len(samples), AT_ONCE):
-                some_SK = kept_SK[first : first + AT_ONCE]
-                tail.add(moments, features_KHW, some_SK, band, slice(None), rows, columns, moments.n + first)
-
-        dropout = dict(self.model.module.named_modules())[self.tail.dropout]
-        ones_1K11 = torch.ones(1, self.tail.weight_CKij.shape[1], 1, 1)
+        dropout = dict(self.model.module.named_modules())[tail.dropout]
+        ones_1K11 = torch.ones(1, tail.weight_CKij.shape[1], 1, 1)
         kept_SK = Masks(seed, samples).draw(dropout, ones_1K11)[0].flatten(1).numpy() > 0
-        return self._for_bands(kept, add)
+        features_KHW, (row_position, column_position) = kept["features"], kept["positions"]
 
-    def _for_bands(
-        self, kept: dict[str, Any], add: Callable[[LinearTail, Tensor, slice, np.ndarray, np.ndarray], None]
-    ) -> bool:
-        """Make the features at the dropout, then call `add` for bands of rows, on all cores."""
-        tail, piece, value = self.tail, kept["piece"], kept["value"]
-        assert tail is not None
+        def add(band: slice) -> None:
+            for first in range(0, len(samples), AT_ONCE):
+                some_SK, n = kept_SK[first : first + AT_ONCE], moments.n + first
+                tail.add(moments, features_KHW, some_SK, band, slice(None), row_position[band], column_position, n)
+
+        _on_all_cores(add, list(_bands(row_position, LINES)))
+        return True
+
+    def _keep_features(self, kept: dict[str, Any]) -> bool:
+        """Make the features at the dropout, and find where in them the block lies; False if their size is unforeseen."""
+        assert self.tail is not None
         if "features" not in kept:
-            kept["features"] = planes(self.features(value)[0].float())
-        features_KHW = kept["features"]
-        below, beside = features_KHW.shape[1:]
-        if (below * tail.stride[0], beside * tail.stride[1]) != value.shape[2:]:
-            return False
-        row_position, column_position = piece.positions_in(
-            (below, beside), (value.shape[2], value.shape[3]), bool(tail.resize)
-        )
-
-        def one(band: slice) -> None:
-            add(tail, features_KHW, band, row_position[band], column_position)
-
-        _on_all_cores(one, list(_bands(row_position, LINES)))
+            value: Tensor = kept["value"]
+            features_KHW = planes(self.features(value)[0].float())
+            below, beside = features_KHW.shape[1:]
+            if (below * self.tail.stride[0], beside * self.tail.stride[1]) != value.shape[2:]:
+                return False
+            padded = value.shape[2], value.shape[3]
+            kept["positions"] = kept["piece"].positions_in((below, beside), padded, bool(self.tail.resize))
+            kept["features"] = features_KHW
         return True
 
 
@@ -180,19 +176,44 @@ class SamplingFree(DropoutSampler):
 
     def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
         """Add the limit, as one sample."""
-
-        def add(tail: LinearTail, features_KHW: Tensor, band: slice, rows: np.ndarray, columns: np.ndarray) -> None:
-            tail.add_closed(limit, features_KHW, band, slice(None), rows, columns)
-
-        limit = moments if moments.n == 0 else Moments.empty(*moments.mean_CHW.shape)
-        piece = look.piece(self.model)
-        if not self._for_bands({"piece": piece, "value": net_input(self.model, piece.rgb)}, add):
-            raise ModelError(
-                f"{self.model.name}: sampling-free: the net gives features of another size than it should for this picture. Set the method to mc-dropout."
-            )
+        piece, tail, C = look.piece(self.model), self.tail, len(self.classes)
+        kept: dict[str, Any] = {"piece": piece, "value": net_input(self.model, piece.rgb)}
+        if tail is None or not self._keep_features(kept):
+            raise ModelError(f"{self.model.name}: sampling-free: for this picture the net gives features of a size that was not"
+                             " foreseen. Set the method to mc-dropout.")  # fmt: skip
+        features_KHW, (row_position, column_position) = kept["features"], kept["positions"]
+        limit = (
+            moments
+            if moments.n == 0
+            else Moments.empty(C, look.rows.stop - look.rows.start, look.columns.stop - look.columns.start)
+        )
+        if tail.resize is None:
+            self._write(limit, features_KHW, row_position, column_position)
+        else:  # coarse logits change little within half of one of their pixels
+            row_grid, column_grid = (_halves(each) for each in (row_position, column_position))
+            coarse = Moments.empty(C, len(row_grid), len(column_grid))
+            self._write(coarse, features_KHW, row_grid, column_grid)
+            rows, columns = 2 * (row_position - row_grid[0]), 2 * (column_position - column_grid[0])
+            _on_all_cores(lambda band: spread(limit, coarse, band, rows[band], columns), list(_bands(rows, LINES)))
         limit.n = 1
         if limit is not moments:
             moments.merge(limit)
+
+    def _write(
+        self, limit: Moments, features_KHW: Tensor, row_position: np.ndarray, column_position: np.ndarray
+    ) -> None:
+        tail = self.tail
+        assert tail is not None
+
+        def write(band: slice) -> None:
+            tail.add_closed(limit, features_KHW, band, slice(None), row_position[band], column_position)
+
+        _on_all_cores(write, list(_bands(row_position, LINES)))
+
+
+def _halves(position: np.ndarray) -> np.ndarray:
+    """Whole and half places around these; the last may lie half a place beyond the end, where nothing changes."""
+    return np.arange(math.floor(2 * position[0]), math.ceil(2 * position[-1]) + 1) / 2
 
 
 def add_logits(moments: Moments, logits_SCab: Tensor, piece: Piece, padded: tuple[int, int], n: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seguncert.closed import accumulate_closed
 from seguncert.dropout import Masks, probe_input
 from seguncert.fused import accumulate_linear
 from seguncert.model import Model, net_logits
@@ -72,7 +73,6 @@ class LinearTail:
         row_position: np.ndarray, column_position: np.ndarray,
     ) -> None:  # fmt: skip
         """Set those pixels to what infinitely many samples come to."""
-        from seguncert.closed import accumulate_closed
 
         band_KRW, start = self._band(features_KHW, row_position)
         accumulate_closed(

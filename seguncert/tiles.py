@@ -24,8 +24,9 @@ from seguncert.model import Model, ModelError
 from seguncert.moments import Moments
 from seguncert.predict import positions, resize_photo, scale_factor
 
-TILE = 2048  # pixels a side that a net is given at once; larger pictures are run in blocks
-MARGIN = 256  # of them around each block, whose own results are not used
+SIDE = 2048  # pixels at most of a side of a picture that a net is given whole
+TILE = 1280  # a side, that it is given of a larger one: what a net holds of them bounds the memory
+MARGIN = 160  # of them around each block, whose own results are not used
 FADE = 32  # pixels of the photo on either side of a block's edge in which it fades into its neighbour
 WHOLE, BLOCK = (
     1 << 30,
@@ -159,7 +160,7 @@ class Sampler:
         samples: int = 20,
         seed: int = 0,
         scale: str | float = "auto",
-        tile: int = TILE,
+        side: int = SIDE,
     ) -> Moments:
         """Moments of `samples` samples at the size of the photo.
 
@@ -173,7 +174,7 @@ class Sampler:
                 f" Expected at most {MOST / 2**30:.0f}. `seguncert export` writes maps of such pictures block by block."
             )
         whole = None
-        for rows, columns, moments in self.blocks(rgb, samples, seed, scale, tile):
+        for rows, columns, moments in self.blocks(rgb, samples, seed, scale, side):
             if moments.entropy_HW.shape == (H, W):
                 return moments
             whole = whole or Moments.empty(C, H, W)
@@ -187,7 +188,7 @@ class Sampler:
         samples: int = 20,
         seed: int = 0,
         scale: str | float = "auto",
-        tile: int = TILE,
+        side: int = SIDE,
     ) -> Iterator[tuple[slice, slice, Moments]]:
         """Rows, columns and moments, one block after another; together they are the photo. From the top, row by row."""
         if self.drawn and samples < 2:
@@ -195,8 +196,8 @@ class Sampler:
         H, W, picture = *rgb.shape[:2], Picture(rgb)
         factor, each = self.largest(H, W, scale), 4 * (2 * len(self.classes) + 1)
         step = math.inf
-        if not fits(H, W, factor, tile) or each * H * W > WHOLE:
-            step = max(4.0 * FADE, min((tile - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
+        if not fits(H, W, factor, side) or each * H * W > WHOLE:
+            step = max(4.0 * FADE, min((TILE - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
 
         def predict(rows: slice, columns: slice) -> Moments:
             return self._draw(Look(picture, rows, columns, scale), range(samples), seed)
@@ -209,7 +210,7 @@ class Sampler:
         """Moments of the first `size` samples, of the next ones, and so on without end. Only for photos that fit."""
         H, W = rgb.shape[:2]
         if not fits(H, W, self.largest(H, W, scale)):
-            raise ModelError(f"samples auto: expected a picture that is run whole, at most {TILE} pixels a side."
+            raise ModelError(f"samples auto: expected a picture that is run whole, at most {SIDE} pixels a side."
                              f" Received: {W}x{H} at scale {scale}. Set a number of samples.")  # fmt: skip
         look = Look(Picture(rgb), slice(0, H), slice(0, W), scale)
         for first in itertools.count(0, size):
@@ -225,9 +226,9 @@ class Sampler:
         return moments
 
 
-def fits(H: int, W: int, factor: float, tile: int = TILE) -> bool:
+def fits(H: int, W: int, factor: float, side: int = SIDE) -> bool:
     """Whether a net is given a photo of H × W pixels whole."""
-    return factor * max(H, W) <= tile + 0.5
+    return factor * max(H, W) <= side + 0.5
 
 
 def blended(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 import seguncert
@@ -16,7 +17,7 @@ from seguncert.model import ModelError, net_logits, put_dropout, wrap_model
 from seguncert.moments import Moments
 from seguncert.predict import net_input, predict_logits
 from seguncert.prefix import Session, in_session
-from seguncert.sampling import DropoutSampler
+from seguncert.sampling import DropoutSampler, SamplingFree
 
 
 def unet(dropout="segmentation_head", classes=3):
@@ -149,9 +150,9 @@ def test_odd_sizes(size, p):
 def test_a_piece_of_the_photos_own_size_is_not_the_photo():
     sampler = DropoutSampler(wrap(fpn()))
     rgb = np.random.default_rng(1).integers(0, 256, (416, 416, 3), dtype=np.uint8)
-    cut = sampler.moments(rgb, 2, scale=2.0, tile=700)
+    cut = sampler.moments(rgb, 2, scale=2.0, side=400)
     sampler.tail = None
-    assert_same(cut, sampler.moments(rgb, 2, scale=2.0, tile=700), 1e-5)
+    assert_same(cut, sampler.moments(rgb, 2, scale=2.0, side=400), 1e-5)
 
 
 class CallsMore(nn.Module):
@@ -254,10 +255,44 @@ def test_pieces_do_not_show(photo):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 3, padding=1))
     big = cv2.resize(photo, (1300, 900), interpolation=cv2.INTER_CUBIC)
     sampler = DropoutSampler(wrap(net.eval()))
-    whole, cut = sampler.moments(big, 4), sampler.moments(big, 4, tile=700)
+    whole, cut = sampler.moments(big, 4), sampler.moments(big, 4, side=400)
     assert_same(cut, whole, 1e-5)
     sampler.tail = None
-    assert_same(sampler.moments(big, 4, tile=700), whole, 1e-5)
+    assert_same(sampler.moments(big, 4, side=400), whole, 1e-5)
+
+
+@pytest.mark.parametrize("net", [unet, fpn])
+@pytest.mark.parametrize("scale", [1.0, 0.6, 2.0])
+def test_sampling_free_is_the_limit_of_many_samples(net, scale, photo):
+    model = wrap(net())
+    limit, many = (
+        SamplingFree(model).moments(photo, scale=scale),
+        DropoutSampler(model).moments(photo, 2000, scale=scale),
+    )
+    assert limit.n == 1 and SamplingFree(model).how["passes"].endswith("closed formulas; no samples")
+    torch.testing.assert_close(limit.mean_CHW.sum(0), torch.ones(70, 109), atol=1e-5, rtol=0)
+    one, other = limit.variance_CHW().sum(0), many.variance_CHW().sum(0)
+    assert spearmanr(one.ravel(), other.ravel()).statistic > 0.97
+    assert (one - other).abs().mean() < 0.08 * other.mean()
+    assert (limit.mean_CHW - many.mean_CHW).abs().mean() < 0.015, "2000 samples: 0.3 / 45"
+    assert (
+        limit.mutual_information_HW() - many.mutual_information_HW()
+    ).abs().mean() < 0.1 * many.mutual_information_HW().mean()
+
+
+def test_sampling_free_declines_what_is_not_linear():
+    with pytest.raises(
+        ModelError,
+        match="net: sampling-free needs channel dropout that only one convolution and a resize follow. Received: d",
+    ):
+        SamplingFree(wrap(unet("decoder.blocks.2")))
+
+
+def test_sampling_free_with_views_merges_their_limits(photo):
+    result = seguncert.analyse(wrap(unet()), photo, method="sampling-free+tta", views=["flip"])
+    alone = seguncert.analyse(wrap(unet()), photo, method="sampling-free")
+    assert result.moments.n == 2 and alone.moments.n == 1 and not alone.errors
+    assert result.maps["variance"].mean() > alone.maps["variance"].mean(), "views differ too"
 
 
 def test_one_sample_has_no_spread_and_is_refused(photo):
