@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
     from seguncert.run import Result, analyse
     from seguncert.store import StoreError
+    from seguncert.video import Carry
 
 _HOMES = {
     "batch": ("Exported", "export"),
@@ -26,9 +27,11 @@ _HOMES = {
     "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
     "run": ("Result", "analyse"),
     "store": ("StoreError",),
+    "video": ("Carry",),
 }
 
 __all__ = [
+    "Carry",
     "Exported",
     "ImageError",
     "Model",

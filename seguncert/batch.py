@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -16,13 +18,14 @@ import cv2
 import torch
 
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
-from seguncert.job import FORMATS, Files, Job, available_cores, process, tiff_writer
+from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, tiff_writer
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
 from seguncert.run import check_settings
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
 from seguncert.tiles import Sampler
+from seguncert.video import Carry
 
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]  # names or folders of models
 CRASHES = 3  # after so many, an image is tried once more in a process of its own
@@ -50,6 +53,7 @@ def export(
     seed: int = 0,
     views: Sequence[str] | None = None,
     max_error: float = 0.01,
+    carry: float | None = None,
     insert_dropout: Mapping[str, float] | None = None,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
@@ -70,6 +74,8 @@ def export(
     Args:
         model: name or folder, or a loaded model; for the method ensemble several of them.
         method, samples, seed, views, max_error, maps: as in `seguncert.analyse`; the same masks for every image.
+        carry: for frames of video, how much the frame before counts, between 0 and 1; see `seguncert.video`. Frames of a
+            folder whose names differ only in their last number are a video, in the order of that number.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
         backend, precision: torch gives the numbers of `seguncert.analyse`; auto takes OpenVINO where it is installed and
             agrees with them, as `seguncert.backends` tells. run.json says which it was.
@@ -83,7 +89,7 @@ def export(
         ValueError: a setting is wrong, or there is no image.
     """
     source, out = Path(source), Path(out)
-    maps = check_settings(method, maps, samples, seed, max_error)
+    maps = check_settings(method, maps, samples, seed, max_error, carry)
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
     if format == "tiff":
@@ -116,7 +122,7 @@ def export(
         )
     job = Job(
         source, maps, scale, format, max_pixels, method, samples, seed, None if views is None else tuple(views), max_error,
-        dict(insert_dropout or {}), backend, precision,
+        carry, dict(insert_dropout or {}), backend, precision,
     )  # fmt: skip
     net, sampler, engine = job.engine(models, workers)
     store = Store(out, job.settings(models, sampler, engine))
@@ -129,7 +135,9 @@ def export(
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
             with sampler.ready() if sampler else evaluating(net.module):
-                _work(job, net, sampler, store, [path for path in todo if path not in suspects], workers, count)
+                wanted = {path for path in todo if path not in suspects}
+                sequences = _sequences(paths) if carry is not None else [[path] for path in todo if path in wanted]
+                _work(job, net, sampler, store, sequences, wanted, workers, count)
             for path in sorted(suspects):
                 count(_try_alone(job, store, path, spec or None, device))
         except KeyboardInterrupt as error:
@@ -169,45 +177,76 @@ def list_images(source: Path, out: Path | None = None) -> tuple[list[str], dict[
     return sorted(set(paths)), {suffix: n for suffix, n in sorted(passed_over.items()) if suffix not in IMAGE_SUFFIXES}
 
 
+def _sequences(paths: list[str]) -> list[list[str]]:
+    """Frames of one folder whose names differ only in their last number are a sequence, in the order of that number.
+
+    >>> _sequences(["a/9.png", "a/10.png", "b/x.png", "a/run 2 - 1.png"])
+    [['a/9.png', 'a/10.png'], ['a/run 2 - 1.png'], ['b/x.png']]
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for path in paths:
+        digits = re.search(r"\d*$", Path(path).stem)
+        number = digits[0] if digits else ""
+        name = str(Path(path).with_suffix(""))
+        found.setdefault(name[: len(name) - len(number)], []).append((int(number or 0), path))
+    return [[path for _, path in sorted(frames)] for _, frames in sorted(found.items())]
+
+
 def _work(
     job: Job,
     model: Model,
     sampler: Sampler | None,
     store: Store,
-    paths: list[str],
+    sequences: list[list[str]],
+    todo: set[str],
     workers: int,
     count: Callable[[str], None],
 ) -> None:
-    """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone."""
+    """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone.
 
-    def attempt(path: str) -> str:
+    Photos that have nothing to do with each other are sequences of one; what is carried along a longer one needs its
+    frames in order, also those that are done already.
+    """
+    stop = threading.Event()
+
+    def attempt(frames: list[str]) -> None:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        folder = store.begin(path)
-        line, files = process(job, model, sampler, path, folder)
-        store.finish(folder, line, files)
-        return line["status"]
+        carry = None if job.carry is None else Carry(job.carry)
+        left = sum(path in todo for path in frames)
+        for path in frames:
+            if stop.is_set() or not left:
+                return
+            if path not in todo:
+                look_back(job, model, sampler, path, carry)
+                continue
+            folder = store.begin(path)
+            line, files = process(job, model, sampler, path, folder, carry)
+            store.finish(folder, line, files)
+            count(line["status"])
+            left -= 1
 
-    queue, under_way = iter(paths), set[Future[str]]()
+    under_way = set[Future[None]]()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for path in queue:
-                under_way.add(pool.submit(attempt, path))
+            for frames in sequences:
+                under_way.add(pool.submit(attempt, frames))
                 if len(under_way) >= 2 * workers:
-                    under_way = _drain(under_way, count)
+                    under_way = _drain(under_way)
             while under_way:
-                under_way = _drain(under_way, count)
+                under_way = _drain(under_way)
         except KeyboardInterrupt:
+            stop.set()
             for future in under_way:
                 future.cancel()
             wait(under_way)
             raise
 
 
-def _drain(under_way: set[Future[str]], count: Callable[[str], None]) -> set[Future[str]]:
+def _drain(under_way: set[Future[None]]) -> set[Future[None]]:
     ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
     for future in ended:
-        count(future.result())
+        future.result()
     return under_way
 
 
@@ -242,12 +281,13 @@ def _load(spec: Spec, device: str, insert_dropout: Mapping[str, float]) -> list[
 
 
 def _counter(progress: Callable[[int, int, int], None] | None, before: int, total: int) -> Callable[[str], None]:
-    counts = {"ok": before, "failed": 0}
+    counts, lock = {"ok": before, "failed": 0}, threading.Lock()
 
     def count(status: str) -> None:
-        counts[status] += 1
-        if progress is not None:
-            progress(counts["ok"], counts["failed"], total)
+        with lock:
+            counts[status] += 1
+            if progress is not None:
+                progress(counts["ok"], counts["failed"], total)
 
     if progress is not None:
         progress(before, 0, total)

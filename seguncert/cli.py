@@ -110,6 +110,12 @@ def export(
         float,
         typer.Option(help="of samples auto: standard error that 99 % of the pixels may have, as a share of full scale"),
     ] = 0.01,
+    carry: Annotated[
+        float | None,
+        typer.Option(
+            help="frames of a video (names that differ in their last number): how much the frame before counts, 0 to 1"
+        ),
+    ] = None,
     insert_dropout: Annotated[
         list[str] | None,
         typer.Option(
@@ -160,6 +166,7 @@ def export(
             seed=seed,
             views=None if views is None else tuple(name.strip() for name in views.split(",")),
             max_error=max_error,
+            carry=carry,
             insert_dropout=dict(map(_place, insert_dropout or [])),
             maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,

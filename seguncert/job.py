@@ -34,6 +34,7 @@ from seguncert.run import describe_blocks, describe_photo, draw_overlay, predict
 from seguncert.store import OURS, stamp_of
 from seguncert.tables import BINS
 from seguncert.tiles import Sampler, fits
+from seguncert.video import Carry
 
 FORMATS = ("png16", "npy", "tiff")
 LARGE = 64_000_000  # pixels of a photo whose maps go to the disk block by block
@@ -56,25 +57,27 @@ class Job:
     seed: int = 0
     views: tuple[str, ...] | None = None
     max_error: float = 0.01
+    carry: float | None = None
     insert_dropout: dict[str, float] = field(default_factory=dict)
     backend: str = "torch"
     precision: str = "auto"
 
     def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
         """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
-        if self.method == "none" and self.views is None:
+        if self.method == "none" and self.views is None and self.carry is None:
             model, engine = on_backend(models[0], self.backend, self.precision, workers)
             return model, None, {"backend": engine}
         sampler = sampler_for(
             models, self.method, self.views, backend=self.backend, precision=self.precision, streams=workers
         )
         about: dict[str, Any] = {"samples": self.samples, "seed": self.seed} if sampler.drawn else {}
+        about |= {"carry": self.carry} if self.carry is not None else {}
         about |= {"max_error": self.max_error} if self.samples == "auto" else {}
         return models[0], sampler, about | {"inserted_dropout": self.insert_dropout, **sampler.how}
 
     def errors(self, sampler: Sampler | None) -> list[str]:
         """Maps whose Monte-Carlo error is told."""
-        if sampler is None or not sampler.drawn:
+        if sampler is None or not sampler.drawn or self.carry is not None:
             return []
         return (
             [*self.maps]
@@ -145,7 +148,9 @@ PIXELS = _Budget(32_000_000)  # under way at once, so that large pictures do not
 Files = dict[str, "bytes | Path"]  # contents, or where a file lies that is to be moved
 
 
-def process(job: Job, model: Model, sampler: Sampler | None, path: str, scratch: Path) -> tuple[dict[str, Any], Files]:
+def process(
+    job: Job, model: Model, sampler: Sampler | None, path: str, scratch: Path, carry: Carry | None = None
+) -> tuple[dict[str, Any], Files]:
     """Ledger line and files of one image. `scratch` is an empty folder for what does not fit into memory."""
     started = time.perf_counter()
     file, stamp = job.source / path, stamp_of(job.source / path)
@@ -161,7 +166,10 @@ def process(job: Job, model: Model, sampler: Sampler | None, path: str, scratch:
         H, W = photo.rgb.shape[:2]
         heavier = 1 + len(model.classes) // 3 if sampler else 1  # moments hold floats of each class
         with PIXELS.take(H * W * heavier):
-            found, files = (_in_blocks if H * W > LARGE else _in_memory)(job, model, sampler, photo.rgb, scratch)
+            if H * W > LARGE:
+                found, files = _in_blocks(job, model, sampler, photo.rgb, scratch)
+            else:
+                found, files = _in_memory(job, model, sampler, photo.rgb, carry)
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
     except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
@@ -170,15 +178,24 @@ def process(job: Job, model: Model, sampler: Sampler | None, path: str, scratch:
     return line | done | found | {"seconds": round(time.perf_counter() - started, 4)}, files
 
 
+def look_back(job: Job, model: Model, sampler: Sampler | None, path: str, carry: Carry | None) -> None:
+    """Predict a frame that is done already, for the sake of those after it; one that failed is passed over."""
+    try:
+        rgb = read_image(job.source / path, max_pixels=job.max_pixels).rgb
+        predict_photo(model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error, carry)
+    except (ImageError, ModelError):
+        pass
+
+
 def _in_memory(
-    job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, scratch: Path
+    job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, carry: Carry | None
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
     sums = _sums(job, sampler)
     if sampler is None and not fits(H, W, scale_factor(model, H, W, job.scale)):
         sampler = sampler_for([model], "none")
     logits, moments, errors = predict_photo(
-        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error
+        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error, carry
     )
     labels_HW, found = describe_photo(logits, moments, H, W, job.maps)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
@@ -195,8 +212,9 @@ def _in_blocks(
     job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, scratch: Path
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
-    if job.samples == "auto":
-        raise ModelError(f"samples auto: expected at most {LARGE} pixels. Received: {W}x{H}. Set a number of samples.")
+    if job.samples == "auto" or job.carry is not None:
+        raise ModelError(f"samples auto and carry: expected at most {LARGE} pixels. Received: {W}x{H}."
+                         " Set a number of samples, and no carry.")  # fmt: skip
     errors, sums = job.errors(sampler), _sums(job, sampler)
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
     sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.maps}

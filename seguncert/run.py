@@ -19,6 +19,7 @@ from seguncert.model import Model
 from seguncert.moments import Moments
 from seguncert.predict import predict_logits, rows_at_size, scale_factor
 from seguncert.tiles import Sampler, fits
+from seguncert.video import Carry
 
 OF_ONE_PASS = ("confidence", "entropy", "margin")
 OF_MANY = ("confidence", "entropy", "mutual_information", "variance")
@@ -79,6 +80,7 @@ def analyse(
     seed: int = 0,
     views: Sequence[str] | None = None,
     max_error: float = 0.01,
+    carry: Carry | None = None,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
 ) -> Result:
@@ -92,6 +94,7 @@ def analyse(
         samples: "auto" draws until the standard error of the first map is at most `max_error` of full scale for 99 % of
             the pixels, and 1,000 at most.
         views: of tta; see `seguncert.views.make_sampler`.
+        carry: for the frames of a video, one `seguncert.Carry` for all of them in order; what it carries is blended in.
         maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
             and variance.
 
@@ -100,7 +103,7 @@ def analyse(
         ModelError: the net gave values that are not finite, or has no dropout to sample.
         ValueError: unknown method, map or scale, or fewer than two samples.
     """
-    maps = check_settings(method, maps, samples, seed, max_error)
+    maps = check_settings(method, maps, samples, seed, max_error, carry.keep if carry else None)
     models = [model] if isinstance(model, Model) else list(model)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
@@ -117,15 +120,10 @@ def analyse(
         except ImageError as error:
             raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
     H, W = photo.rgb.shape[:2]
-    sampler = None
-    if (
-        method != "none"
-        or len(models) != 1
-        or views is not None
-        or not fits(H, W, scale_factor(models[0], H, W, scale))
-    ):
-        sampler = sampler_for(models, method, views)
-    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, maps, samples, seed, scale, max_error)
+    plain = method == "none" and len(models) == 1 and views is None and carry is None
+    whole = fits(H, W, scale_factor(models[0], H, W, scale))
+    sampler = None if plain and whole else sampler_for(models, method, views)
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, maps, samples, seed, scale, max_error, carry)
     labels, found = describe_photo(logits, moments, H, W, maps)
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
@@ -134,8 +132,9 @@ def analyse(
 
 
 def check_settings(
-    method: str, maps: Sequence[str] | None, samples: int | str, seed: int, max_error: float = 0.01
-) -> tuple[str, ...]:
+    method: str, maps: Sequence[str] | None, samples: int | str, seed: int, max_error: float = 0.01,
+    carry: float | None = None,
+) -> tuple[str, ...]:  # fmt: skip
     """The maps to make; ValueError where a setting is wrong."""
     parts = maps_.parse_method(method)
     if isinstance(samples, str) and samples != "auto":
@@ -148,8 +147,14 @@ def check_settings(
         raise ValueError(f"seed: expected 0 or more. Received: {seed}")
     if not 0 < max_error < 1:
         raise ValueError(f"max-error: expected a share of full scale between 0 and 1. Received: {max_error}")
+    if carry is not None and not 0 < carry < 1:
+        raise ValueError(f"carry: expected a share between 0 and 1. Received: {carry}")
+    if carry is not None and samples == "auto":
+        raise ValueError("carry: expected with it a number of samples. Received: samples auto")
     maps = (OF_MANY if parts else OF_ONE_PASS) if maps is None else tuple(maps)
-    maps_.check_names(maps, sampled=bool(parts))
+    maps_.check_names(
+        maps, sampled=bool(parts)
+    )  # a carried single pass has no spread where a frame shows something new
     return maps
 
 
@@ -169,15 +174,19 @@ def predict_photo(
     seed: int,
     scale: str | float,
     max_error: float = 0.01,
+    carry: Carry | None = None,
 ) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
     """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors."""
     if sampler is None:
+        assert carry is None
         return predict_logits(model, rgb, scale), None, {}
     if isinstance(samples, str):
         moments, errors = _until_known(sampler, rgb, names, seed, scale, max_error)
     else:
         moments = sampler.moments(rgb, samples, seed, scale)
-        known = "confidence" in names and sampler.drawn and sampler.alike
+        if carry is not None:
+            moments = carry.blend(rgb, moments)
+        known = "confidence" in names and sampler.drawn and sampler.alike and carry is None
         errors = {"confidence": moments.standard_error_HW().numpy()} if known else {}
     return moments.log_mean_CHW(), moments, errors
 
@@ -208,6 +217,7 @@ def describe_photo(
     logits: Float[torch.Tensor, "C h w"], moments: Moments | None, H: int, W: int, names: Sequence[str]
 ) -> tuple[UInt8[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
     """Labels and maps at the photo's own size, band by band."""
+    assert moments is not None or not set(names) & set(maps_.OF_SAMPLES)
     labels_HW = np.empty((H, W), np.uint8)
     found = {name: np.empty((H, W), np.float32) for name in names}
     with torch.inference_mode():

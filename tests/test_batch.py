@@ -530,3 +530,35 @@ def test_wrong_settings_of_samples(settings, message, pictures, small_model, tmp
 def test_a_number_of_samples_that_is_none():
     with pytest.raises(ValueError, match="samples: expected a number, or auto. Received: 'many'"):
         batch.check_settings("mc-dropout", None, "many", 0)
+
+
+def test_frames_of_a_video_carry_their_past_also_over_a_break(pictures, small_model, tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    big = cv2.resize(cv2.imread(str(next(pictures.rglob("*.png")))), (300, 200), interpolation=cv2.INTER_CUBIC)
+    for drive in ("a", "b"):
+        (source / drive).mkdir(parents=True)
+        for number in range(8, 12):
+            frame = big[20:120, 10 * number - 60 : 10 * number + 60]
+            cv2.imwrite(str(source / drive / f"frame {number}.png"), frame if drive == "a" else frame[::-1])
+    settings = {"carry": 0.6, "maps": ["confidence", "entropy"], "device": "cpu", "workers": 2}
+    export(source, tmp_path / "whole", small_model, **settings)
+    model, carry = seguncert.load_model(small_model, "cpu"), seguncert.Carry(0.6)
+    for number in range(8, 12):
+        path = f"a/frame {number}.png"
+        result = seguncert.analyse(model, source / path, carry=carry, maps=settings["maps"])
+        alone = seguncert.analyse(model, source / path)
+        assert (number == 8) == np.allclose(result.maps["confidence"], alone.maps["confidence"], atol=1e-5)
+        for name, map_HW in result.maps.items():
+            stored = cv2.imread(str(tmp_path / "whole" / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+            assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
+    with pytest.raises(ValueError, match="variance describe the spread of samples, and one pass has none"):
+        export(source, tmp_path / "o", small_model, **settings | {"maps": ["variance"]})
+
+    def stop_after_three(done, failed, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "cut", small_model, progress=stop_after_three, **settings | {"workers": 1})
+    assert export(source, tmp_path / "cut", small_model, **settings).before >= 3
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -16,7 +16,8 @@ memory              growth of the process's peak while it runs, MiB
 entropy, spread     means over a photo; from one seed of torch's all ways of the peers agree (seguncert has its own)
                     and a spread of 0 everywhere is no sampling
 
-Two photos take turns, round by round: a cache must not live on what the round before left there.
+Two photos take turns, round by round: a cache must not live on what the round before left there. The machine has to be
+quiet: threads of torch that wait for a busy core make a plain pass several times slower, and large batches look cheap.
 """
 
 from __future__ import annotations
@@ -107,11 +108,8 @@ def seguncert(net: nn.Module, samples: int) -> Iterator[tuple[str, Run]]:
     from seguncert.sampling import DropoutSampler
 
     model = wrap_model(copy.deepcopy(net), [str(c) for c in range(CLASSES)])
-    for about, setting in {
-        "default": ("torch", "fp32"),
-        "cheapest: backend and precision auto": ("auto", "auto"),
-    }.items():
-        sampler = DropoutSampler(model, backend=setting[0], precision=setting[1])
+    for about, backend, precision in (("default", "torch", "fp32"), ("cheapest: all auto", "auto", "auto")):
+        sampler = DropoutSampler(model, backend=backend, precision=precision)
 
         def run(rgb_HW3: Tensor, input_13HW: Tensor, sampler: DropoutSampler = sampler) -> Maps:
             moments = sampler.moments(rgb_HW3.numpy(), samples, scale="native")
