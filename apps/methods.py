@@ -25,9 +25,10 @@ from rich.table import Table
 from seguncert.evaluation import IGNORED, find_pairs, read_label
 from seguncert.image import read_image
 from seguncert.metrics import Evaluation
-from seguncert.model import load_model
+from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
 from seguncert.run import check_settings, describe_photo, predict_photo, sampler_for
+from seguncert.video import Carry
 
 METHODS = "none,sampling-free,mc-dropout,tta,mc-dropout+tta"
 FIGURES = {
@@ -63,6 +64,9 @@ def main(
     methods: Annotated[str, typer.Option(help="as of seguncert export, comma between")] = METHODS,
     samples: int = 20,
     seed: int = 0,
+    carry: Annotated[
+        float | None, typer.Option(help="rows also for what is carried from frame to frame, the images being a video")
+    ] = None,
     run: Annotated[int, typer.Option(help="images in a row that are a cluster, where there is one sequence")] = 10,
     scale: str = "auto",
 ) -> None:
@@ -71,47 +75,60 @@ def main(
     pairs = find_pairs(images, labels)
     of_cluster = clusters([image.stem for image, _ in pairs], run)
     count = len(set(of_cluster.values()))
-    console = Console(width=200)
+    console = Console(width=230)
     console.print(
         f"{model}, sha256 {net.sha256[:12]}…, {len(pairs)} images of {images} in {count} clusters, ignore index {ignore_index},"
         f" {samples} samples, seed {seed}, scale {scale}, not calibrated"
     )
-    table = Table("method", *FIGURES, *(f"AUROC {name}" for name in SPREAD), "ms / image")
-    plain: list[Evaluation] = []
-    for method in methods.split(","):
-        spread = SPREAD if method != "none" else ()
-        sampler = None if method == "none" else sampler_for([net], method)
-        names = check_settings(method, ["confidence", *spread], samples, seed)
-        evaluation, seconds = (
-            Evaluation.empty(len(net.classes), ignore_index=IGNORED, maps=dict.fromkeys(spread, "low")),
-            0.0,
-        )
-        for image, label in track(pairs, method, console=Console(stderr=True)):
-            rgb = read_image(image).rgb
-            labels_HW = read_label(label, len(net.classes), ignore_index)
-            started = time.perf_counter()
-            logits, moments, _ = predict_photo(net, sampler, rgb, names, samples, seed, scale)
-            seconds += time.perf_counter() - started
-            H, W = labels_HW.shape
-            found = describe_photo(logits, moments, H, W, names)[1]
-            sums = evaluation.begin()
-            log_probs_CHW = torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
-            sums.update(log_probs_CHW, labels_HW, {name: found[name] for name in spread})
-            evaluation.add(sums, cluster=of_cluster[image.stem])
-        plain = plain or [evaluation]
+    table = Table("method", *FIGURES, *(f"AUROC {name}" for name in SPREAD), "ms")
+    ways: list[tuple[str, Carry | None]] = [(method, None) for method in methods.split(",")]
+    ways += [(method, Carry(carry)) for method in ("none", "mc-dropout") if carry is not None]
+    first: Evaluation | None = None
+    for method, past in ways:
+        title = method + (f", carry {past.keep:g}" if past else "")
+        evaluation, seconds = judge(net, track(pairs, title, console=Console(stderr=True)), method, past, ignore_index,
+                                    of_cluster, samples, seed, scale)  # fmt: skip
         values, intervals = evaluation.compute(), evaluation.intervals()
-        cells = [_cell(values[name], intervals[name]) for name in FIGURES.values()]
-        cells += [
-            _cell(values[key], intervals[key]) if key in values else ""
-            for key in (f"error_auroc.{name}" for name in SPREAD)
-        ]
-        table.add_row(method, *cells, f"{1000 * seconds / len(pairs):.0f}")
-        if evaluation is not plain[0]:
-            base, low_high = plain[0].compute(), _differences(plain[0], evaluation)
-            table.add_row(
-                "  less none", *(_cell(values[name] - base[name], low_high[name], "+") for name in FIGURES.values())
-            )
+        spread = [f"error_auroc.{name}" for name in SPREAD if name in evaluation.maps]
+        cells = [_cell(values[name], intervals[name]) for name in (*FIGURES.values(), *spread)]
+        table.add_row(title, *cells, *[""] * (len(SPREAD) - len(spread)), f"{1000 * seconds / len(pairs):.0f}")
+        if first is not None:
+            base, off = first.compute(), _differences(first, evaluation)
+            more = [_cell(values[name] - base[name], off[name], "+") for name in FIGURES.values()]
+            table.add_row(f"  less {ways[0][0]}", *more)
+        first = first or evaluation
     console.print(table)
+
+
+def judge(
+    net: Model,
+    pairs: Iterable[tuple[Path, Path]],
+    method: str,
+    past: Carry | None,
+    ignore_index: int | None,
+    of_cluster: dict[str, str],
+    samples: int,
+    seed: int,
+    scale: str,
+) -> tuple[Evaluation, float]:
+    """The sums of one way to draw predictions, and the seconds that drawing took."""
+    spread = SPREAD if method != "none" else ()
+    sampler = None if method == "none" and past is None else sampler_for([net], method)
+    names = check_settings(method, ["confidence", *spread], samples, seed)
+    evaluation = Evaluation.empty(len(net.classes), ignore_index=IGNORED, maps=dict.fromkeys(spread, "low"))
+    seconds = 0.0
+    for image, label in pairs:
+        rgb, labels_HW = read_image(image).rgb, read_label(label, len(net.classes), ignore_index)
+        H, W = labels_HW.shape
+        started = time.perf_counter()
+        logits, moments, _ = predict_photo(net, sampler, rgb, names, samples, seed, scale, carry=past)
+        seconds += time.perf_counter() - started
+        found = describe_photo(logits, moments, H, W, names)[1]
+        logits_CHW = torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
+        sums = evaluation.begin()
+        sums.update(logits_CHW, labels_HW, {name: found[name] for name in spread})
+        evaluation.add(sums, cluster=of_cluster[image.stem])
+    return evaluation, seconds
 
 
 def _differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float]]:
@@ -126,7 +143,7 @@ def _differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, f
 
 def _cell(value: float, interval: Iterable[float], sign: str = "") -> str:
     low, high = interval
-    return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+    return f"{value:{sign}.4f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 if __name__ == "__main__":

@@ -168,7 +168,8 @@ def _functional_dropout(model: Model) -> list[str]:
             for module in net.modules():
                 module.training = False
             for name, value in net.named_buffers():
-                value.copy_(buffers[name])
+                if not torch.equal(value, buffers[name]):
+                    value.copy_(buffers[name])
     assert training == [module for module in net.modules() if module.training]
     return list(dict.fromkeys(found))
 

@@ -1,9 +1,9 @@
 """What 20 samples of MC dropout cost with other packages, in forward passes: the counterpart of `sampling.py`.
 
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install seggnosis "torch-uncertainty[cpu]" baal segmentation-models-pytorch
-    /tmp/peers/bin/pip install -e ".[openvino]"     # optional: this package, in the same run
-    /tmp/peers/bin/python tests/benchmarks/peers.py [--samples 20] [--rounds 9] [--height 384] [--width 480]
+    python3 -m venv peers
+    peers/bin/pip install seggnosis "torch-uncertainty[cpu]" baal segmentation-models-pytorch
+    peers/bin/pip install -e ".[openvino]"     # optional: this package, in the same run
+    peers/bin/python tests/benchmarks/peers.py [--samples 20] [--rounds 9] [--height 384] [--width 480]
 
 One process, interleaved, median of the rounds. FPN resnet18 with random weights and a dropout of 0.2 before the last
 convolution, 11 classes, batch 1, CPU, fp32. Each way of sampling ends with three maps: the mean of the softmax, the
