@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seguncert.backends import check_backend, choose
 from seguncert.dropout import Masks, functional_dropout, require_dropout
@@ -71,7 +71,9 @@ class DropoutSampler(Sampler):
         if self.plan.note:
             passes = self.plan.note
         elif self.tail:
-            passes = f"one pass up to {self.tail.dropout}; what follows is linear, all samples in one product"
+            passes = f"one pass up to {self.tail.dropout}; what follows is linear, " + (
+                "all samples in one product" if self.tail.channelwise else "a product a sample"
+            )
             if self.tail.resize is not None:
                 passes += "; of photos that are resized for the net, one torch pass a sample from there"
         else:
@@ -124,6 +126,9 @@ class DropoutSampler(Sampler):
         if tail is None or (tail.resize is not None and not kept["piece"].same_scale) or not self._keep_features(kept):
             return False
         dropout = dict(self.model.module.named_modules())[tail.dropout]
+        if not tail.channelwise:
+            self._add_products(moments, kept, samples, seed, tail, dropout)
+            return True
         ones_1K11 = torch.ones(1, tail.weight_CKij.shape[1], 1, 1)
         kept_SK = Masks(seed, samples).draw(dropout, ones_1K11)[0].flatten(1).numpy() > 0
         features_KHW, (row_position, column_position) = kept["features"], kept["positions"]
@@ -135,6 +140,19 @@ class DropoutSampler(Sampler):
 
         _on_all_cores(add, list(_bands(row_position, LINES)))
         return True
+
+    def _add_products(
+        self, moments: Moments, kept: dict[str, Any], samples: range, seed: int, tail: LinearTail, dropout: nn.Module
+    ) -> None:
+        """A product for each sample; logits that are coarser than the picture are resized where they are added."""
+        piece, padded = kept["piece"], (kept["value"].shape[2], kept["value"].shape[3])
+        features_1KHW, n, waiting = kept["features"][None], moments.n, list[Tensor]()
+        for sample in samples:
+            masked_1KHW = Masks(seed, [sample], piece.origin, padded).apply(dropout, features_1KHW)
+            waiting.append(tail.plain(masked_1KHW)[0])
+            if len(waiting) == AT_ONCE or waiting[0].nbytes * (len(waiting) + 1) > HELD or sample == samples[-1]:
+                add_logits(moments, torch.stack(waiting), piece, padded, n, bool(tail.resize))
+                n, waiting = n + len(waiting), []
 
     def _keep_features(self, kept: dict[str, Any]) -> bool:
         """Make the features at the dropout, and find where in them the block lies; False if their size is unforeseen."""
@@ -162,7 +180,7 @@ class SamplingFree(DropoutSampler):
 
     def __init__(self, model: Model, backend: str = "torch", precision: str = "fp32", streams: int = 1):
         super().__init__(model, backend=backend, precision=precision, streams=streams)
-        if self.tail is None:
+        if self.tail is None or not self.tail.channelwise:
             raise ModelError(
                 f"{model.name}: sampling-free needs channel dropout that only one convolution and a resize follow."
                 f" Received: {', '.join(self.stochastic)}, with more behind. Set the method to mc-dropout."
@@ -216,10 +234,12 @@ def _halves(position: np.ndarray) -> np.ndarray:
     return np.arange(math.floor(2 * position[0]), math.ceil(2 * position[-1]) + 1) / 2
 
 
-def add_logits(moments: Moments, logits_SCab: Tensor, piece: Piece, padded: tuple[int, int], n: int) -> None:
+def add_logits(
+    moments: Moments, logits_SCab: Tensor, piece: Piece, padded: tuple[int, int], n: int, align_corners: bool = False
+) -> None:
     """Add the softmax of logits, wherever they are coarser than the block interpolated, to moments that hold `n`."""
     a, b = logits_SCab.shape[2:]
-    row_position, column_position = piece.positions_in((a, b), padded)
+    row_position, column_position = piece.positions_in((a, b), padded, align_corners)
 
     def add(band: slice) -> None:
         accumulate(moments, logits_SCab, band, slice(None), row_position[band], column_position, n)

@@ -1,4 +1,4 @@
-"""Channel dropout followed by nothing but a convolution and, perhaps, a bilinear resize: all samples in one product.
+"""Dropout followed by nothing but a convolution and, perhaps, a bilinear resize: all samples in one product.
 
 A mask of whole channels scales what each channel adds to the logits, so with G_k = W_k * F_k (channel k of the features
 through its slice of the kernel) sample s has the logits
@@ -6,7 +6,8 @@ through its slice of the kernel) sample s has the logits
     b + Σ_k m_sk G_k ,      m_sk = 0 or 1 / (1 − p)
 
 The G_k of a line are made once, in cache, and each sample is a sum of some of them: of all without the few that its mask
-drops. So memory does not grow with S, and 20 samples cost less than the pass before them.
+drops. So memory does not grow with S, and 20 samples cost less than the pass before them. Masks of single values allow
+no such sum; their samples are convolved one by one, from features that are made once.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from seguncert.model import Model, net_logits
 from seguncert.moments import Moments
 from seguncert.prefix import Plan, Reached, Session, in_session
 
-# what may follow the logits: picking one picture of a batch, the zeros of a sigmoid head; proved on the probe
-PASSED_ON = ("select", "slice", "zeros_like", "cat", "alias", "detach")
+# what changes no logit: picking one picture of a batch, the zeros of a sigmoid head; proved on the probe
+PASSED_ON = ("select", "slice", "zeros_like", "cat", "alias", "detach", "unsqueeze")
 
 
 @dataclass(frozen=True)
 class LinearTail:
     """`dropout` is the module whose input the features are, `stride` how many pixels a feature spans each way.
 
-    `resize` is None, or the operator's align_corners.
+    `resize` is None, or the operator's align_corners; `channelwise` tells masks of channels from those of single values.
     """
 
     dropout: str
     p: float
+    channelwise: bool
     weight_CKij: Tensor
     bias_C: Tensor
     padding: tuple[int, int]
@@ -100,10 +102,9 @@ def find_tail(model: Model, plan: Plan) -> LinearTail | None:
     name = plan.draws[0][0]
     module = dict(model.module.named_modules())[name]
     operators = [(o.function.overloadpacket.__name__, o.args) for o in plan.operators]
-    while operators and operators[-1][0] in PASSED_ON:
-        operators.pop()
+    operators = [(operator, args) for operator, args in operators if operator not in PASSED_ON]
     names = tuple(operator for operator, _ in operators)
-    if type(module) not in (nn.Dropout1d, nn.Dropout2d) or names not in (
+    if type(module) not in (nn.Dropout, nn.Dropout1d, nn.Dropout2d) or names not in (
         ("convolution",),
         ("convolution", "upsample_bilinear2d"),
     ):
@@ -118,8 +119,12 @@ def find_tail(model: Model, plan: Plan) -> LinearTail | None:
 
     probe, session = probe_input(model), Session(plan)
     features_1KHW = UpToDropout(model.module, plan)(probe)
+    if features_1KHW.ndim != 4:
+        return None
     across = (probe.shape[2] // features_1KHW.shape[2], probe.shape[3] // features_1KHW.shape[3])
-    tail = LinearTail(name, p, weight, bias, tuple(padding), tuple(dilation), resize, across)
+    tail = LinearTail(
+        name, p, type(module) is not nn.Dropout, weight, bias, tuple(padding), tuple(dilation), resize, across
+    )
     for sample in range(3):
         session.begin(Masks(0, [sample]), full=True)
         with in_session(session):

@@ -70,7 +70,10 @@ def assert_same(one, other, tolerance):
         (lambda: unet("decoder.blocks.2"), False),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=2, dilation=2), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 5, padding=2, bias=False)), True),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 3, padding=(2, 1), dilation=(2, 1))), True),
-        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout(0.4), nn.Conv2d(6, 3, 1)), False),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout(0.4), nn.Conv2d(6, 3, 1)), True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), nn.Dropout(0.4), nn.Conv2d(6, 3, 3, padding=1), nn.UpsamplingBilinear2d(scale_factor=2)), True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.Dropout(0.4), nn.Conv2d(6, 3, 1)), True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.AlphaDropout(0.4), nn.Conv2d(6, 3, 1)), False),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout2d(0.4), nn.Conv2d(6, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), False),
     ],
 )  # fmt: skip
