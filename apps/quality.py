@@ -21,8 +21,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from seguncert.evaluation import Counts, find_pairs, measure, total
+from seguncert.evaluation import find_pairs, measure, total
 from seguncert.image import read_image
+from seguncert.metrics import Scores
 from seguncert.model import Model, bundled_folder, bundled_names, load_model
 
 
@@ -57,7 +58,7 @@ def main(
     pairs = [pair for pair in find_pairs(images, labels) if pair[0].name.startswith(only or "")]
     counts = measure(net, pairs, ignore_index, scale)
 
-    groups: dict[str, list[Counts]] = defaultdict(list)
+    groups: dict[str, list[Scores]] = defaultdict(list)
     for image, part in counts.items():
         groups["all"].append(part)
         if group is Group.sequence:
@@ -66,9 +67,8 @@ def main(
             groups[look(read_image(image).rgb)].append(part)
     table = Table("group", "images", "mIoU", "pixel accuracy", "NLL / nat", *(f"IoU {name}" for name in net.classes))
     for name, parts in sorted(groups.items(), key=lambda item: -len(item[1])):
-        merged = total(parts, C)
-        values = merged.compute()
-        numbers = [values["miou"], values["accuracy"], values["nll"], *merged.iou_C()]
+        values = total(parts, C).compute()
+        numbers = [values[key] for key in ("miou", "accuracy", "nll", *(f"iou.{c}" for c in range(C)))]
         table.add_row(name, str(len(parts)), *(f"{number:.3f}" for number in numbers))
     console = Console(width=60 + 16 * (C + 3))
     console.print(f"{model}, sha256 {net.sha256[:12]}…, {images}, ignore index {ignore_index}, scale {scale}")
@@ -79,12 +79,12 @@ def main(
         )
 
 
-def _record(folder: Path, name: str, counts: Counts, net: Model) -> None:
+def _record(folder: Path, name: str, scores: Scores, net: Model) -> None:
     """Add the figures to card.json, as `seguncert models` prints them."""
-    values = counts.compute()
+    values = scores.compute()
     figures = f"mIoU {values['miou']:.3f}, accuracy {values['accuracy']:.3f}, NLL {values['nll']:.3f} nat"
     if len(net.classes) == 2:
-        figures = f"{net.classes[1]} IoU {counts.iou_C()[1]:.3f}, " + figures
+        figures = f"{net.classes[1]} IoU {values['iou.1']:.3f}, " + figures
     card = json.loads((folder / "card.json").read_text())
     card["measured"] = card.get("measured", {}) | {name: figures}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")

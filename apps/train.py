@@ -317,7 +317,7 @@ def train(
         model = Model("training", averaged, recipe.classes, np.zeros((C, 3), np.uint8))
         with half_precision(model.device):
             values = total(measure(model, val_pairs, ignore_index).values(), C).compute()
-        return {name: values[name] for name in ("miou", "accuracy", "nll")}
+        return {name: float(values[name]) for name in ("miou", "accuracy", "nll")}
 
     out.mkdir(parents=True, exist_ok=True)
     averaged = fit(net, pairs, recipe, out / "checkpoint.pt", check, workers)

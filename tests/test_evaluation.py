@@ -6,62 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from seguncert.evaluation import IGNORED, Counts, find_pairs, measure, read_label, total
+from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
+from seguncert.metrics import Scores
 from seguncert.model import wrap_model
 
 
-def plain_loop(logits, labels):
-    """The textbook, pixel by pixel in float64."""
-    C, H, W = logits.shape
-    hits, shown, true, nll, pixels = np.zeros(C), np.zeros(C), np.zeros(C), 0.0, 0
-    for y in range(H):
-        for x in range(W):
-            if labels[y, x] == IGNORED:
-                continue
-            values = logits[:, y, x].astype(np.float64)
-            probs = np.exp(values) / np.exp(values).sum()
-            nll -= np.log(probs[labels[y, x]])
-            shown[values.argmax()] += 1
-            true[labels[y, x]] += 1
-            hits[labels[y, x]] += values.argmax() == labels[y, x]
-            pixels += 1
-    union = shown + true - hits
-    return np.mean([hits[c] / union[c] for c in range(C) if union[c]]), hits.sum() / pixels, nll / pixels
-
-
-def drawn(seed, C=4, size=(9, 14)):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, C - 1, size).astype(np.uint8)  # the last class never occurs
-    labels[rng.random(size) < 0.2] = IGNORED
-    return rng.normal(0, 2, (C, *size)).astype(np.float32), labels
-
-
-def test_counts_equal_a_plain_loop_and_parts_merge_to_the_whole():
-    logits, labels = drawn(0)
-    whole = Counts.empty(4)
-    whole.update(torch.from_numpy(logits), labels)
-    miou, accuracy, nll = plain_loop(logits, labels)
-    values = whole.compute()
-    assert (values["miou"], values["accuracy"], values["nll"]) == pytest.approx((miou, accuracy, nll), abs=1e-6)
-    assert values["pixels"] == (labels != IGNORED).sum()
-    parts = [Counts.empty(4) for _ in range(3)]
-    for part, rows in zip(parts, (slice(0, 2), slice(2, 3), slice(3, 9)), strict=True):
-        part.update(torch.from_numpy(logits[:, rows]), labels[rows])
-    merged = total(parts, 4)
-    assert (merged.confusion_CC == whole.confusion_CC).all() and merged.nll == pytest.approx(whole.nll)
-
-
-def test_a_class_that_neither_occurs_nor_is_shown_does_not_count():
-    counts = Counts.empty(3)
-    counts.update(torch.tensor([2.0, 0.0, -9.0]).view(3, 1, 1), np.zeros((1, 1), np.uint8))
-    assert np.isnan(counts.iou_C()[2]) and counts.compute()["miou"] == 1.0
-
-
 def test_nothing_but_ignored_pixels_is_an_error():
-    counts = Counts.empty(3)
-    counts.update(torch.zeros(3, 2, 2), np.full((2, 2), IGNORED, np.uint8))
     with pytest.raises(ValueError, match="expected at least one labelled pixel. Received: none"):
-        counts.compute()
+        total([Scores.empty(3)], 3)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
