@@ -27,7 +27,7 @@ from seguncert.image import read_image
 from seguncert.metrics import Evaluation
 from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
-from seguncert.run import check_settings, describe_photo, predict_photo, sampler_for
+from seguncert.run import Settings, describe_photo, predict_photo
 from seguncert.video import Carry
 
 METHODS = "none,sampling-free,mc-dropout,tta,mc-dropout+tta"
@@ -113,17 +113,17 @@ def judge(
 ) -> tuple[Evaluation, float]:
     """The sums of one way to draw predictions, and the seconds that drawing took."""
     spread = SPREAD if method != "none" else ()
-    sampler = None if method == "none" and past is None else sampler_for([net], method)
-    names = check_settings(method, ["confidence", *spread], samples, seed)
+    settings = Settings(method, samples, seed, carry=past.keep if past else None, scale=scale, maps=("confidence", *spread))
+    sampler = settings.sampler([net]) if method != "none" or past is not None else None
     evaluation = Evaluation.empty(len(net.classes), ignore_index=IGNORED, maps=dict.fromkeys(spread, "low"))
     seconds = 0.0
     for image, label in pairs:
         rgb, labels_HW = read_image(image).rgb, read_label(label, len(net.classes), ignore_index)
         H, W = labels_HW.shape
         started = time.perf_counter()
-        logits, moments, _ = predict_photo(net, sampler, rgb, names, samples, seed, scale, carry=past)
+        logits, moments, _ = predict_photo(net, sampler, rgb, settings, past)
         seconds += time.perf_counter() - started
-        found = describe_photo(logits, moments, H, W, names)[1]
+        found = describe_photo(logits, moments, H, W, settings.maps)[1]
         logits_CHW = torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
         sums = evaluation.begin()
         sums.update(logits_CHW, labels_HW, {name: found[name] for name in spread})

@@ -21,7 +21,7 @@ from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
 from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, tiff_writer
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
-from seguncert.run import check_settings
+from seguncert.run import Settings, chosen_maps
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
 from seguncert.tiles import Sampler
@@ -54,9 +54,11 @@ def export(
     views: Sequence[str] | None = None,
     max_error: float = 0.01,
     carry: float | None = None,
+    drop_path: bool = False,
     insert_dropout: Mapping[str, float] | None = None,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
+    tile: int | Literal["auto"] = "auto",
     format: str = "png16",
     workers: int | None = None,
     device: str = "auto",
@@ -73,7 +75,7 @@ def export(
 
     Args:
         model: name or folder, or a loaded model; for the method ensemble several of them.
-        method, samples, seed, views, max_error, maps: as in `seguncert.analyse`; the same masks for every image.
+        method, samples, seed, views, max_error, drop_path, maps, scale, tile: as in `seguncert.analyse`; the same masks for every image.
         carry: for frames of video, how much the frame before counts, between 0 and 1; see `seguncert.video`. Frames of a
             folder whose names differ only in their last number are a video, in the order of that number.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
@@ -89,7 +91,10 @@ def export(
         ValueError: a setting is wrong, or there is no image.
     """
     source, out = Path(source), Path(out)
-    maps = check_settings(method, maps, samples, seed, max_error, carry)
+    settings = Settings(
+        method, samples, seed, None if views is None else tuple(views), max_error, carry, drop_path, scale, tile,
+        () if maps is None else chosen_maps(maps),
+    )  # fmt: skip
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
     if format == "tiff":
@@ -120,12 +125,9 @@ def export(
         raise ValueError(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
-    job = Job(
-        source, maps, scale, format, max_pixels, method, samples, seed, None if views is None else tuple(views), max_error,
-        carry, dict(insert_dropout or {}), backend, precision,
-    )  # fmt: skip
+    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision)
     net, sampler, engine = job.engine(models, workers)
-    store = Store(out, job.settings(models, sampler, engine))
+    store = Store(out, job.run_json(models, sampler, engine))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
         todo = [path for path in paths if not store.done(path, stamp_of(source / path))]
@@ -212,7 +214,7 @@ def _work(
     def attempt(frames: list[str]) -> None:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        carry = None if job.carry is None else Carry(job.carry)
+        carry = None if job.settings.carry is None else Carry(job.settings.carry)
         left = sum(path in todo for path in frames)
         for path in frames:
             if stop.is_set() or not left:

@@ -116,6 +116,9 @@ def export(
             help="frames of a video (names that differ in their last number): how much the frame before counts, 0 to 1"
         ),
     ] = None,
+    drop_path: Annotated[
+        bool, typer.Option("--drop-path", help="mc-dropout takes stochastic depth (timm's DropPath) for dropout too")
+    ] = False,
     insert_dropout: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,6 +134,9 @@ def export(
         ),
     ] = None,
     scale: ScaleOption = "auto",
+    tile: Annotated[
+        str, typer.Option(help="pixels a side that a net is given at once; auto: 2048, or 1280 of larger pictures")
+    ] = "auto",
     format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
     workers: Annotated[
         int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
@@ -162,14 +168,16 @@ def export(
             out,
             names if len(names) > 1 else names[0],
             method=method,
-            samples=_samples(samples),
+            samples=_number("samples", samples),
             seed=seed,
             views=None if views is None else tuple(name.strip() for name in views.split(",")),
             max_error=max_error,
             carry=carry,
+            drop_path=drop_path,
             insert_dropout=dict(map(_place, insert_dropout or [])),
             maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,
+            tile=_number("tile", tile),
             format=format.value,
         )
         code = _run_batch(
@@ -241,11 +249,11 @@ def page(
         launch(model, host, port)
 
 
-def _samples(text: str) -> int | Literal["auto"]:
+def _number(option: str, text: str) -> int | Literal["auto"]:
     try:
         return "auto" if text == "auto" else int(text)
     except ValueError:
-        raise ValueError(f"samples: expected a number, or auto. Received: {text!r}") from None
+        raise ValueError(f"{option}: expected a number, or auto. Received: {text!r}") from None
 
 
 def _place(text: str) -> tuple[str, float]:

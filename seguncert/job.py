@@ -29,11 +29,11 @@ from seguncert import maps as maps_
 from seguncert import render
 from seguncert.image import ImageError, read_image
 from seguncert.model import Model, ModelError
-from seguncert.predict import on_backend, scale_factor
-from seguncert.run import describe_blocks, describe_photo, draw_overlay, predict_photo, sampler_for
+from seguncert.predict import on_backend
+from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
 from seguncert.store import OURS, stamp_of
 from seguncert.tables import BINS
-from seguncert.tiles import Sampler, fits
+from seguncert.tiles import Sampler
 from seguncert.video import Carry
 
 FORMATS = ("png16", "npy", "tiff")
@@ -48,44 +48,34 @@ class Job:
     """What is asked for, the same for every image of a batch."""
 
     source: Path
-    maps: tuple[str, ...]
-    scale: str | float = "auto"
+    settings: Settings = field(default_factory=Settings)
     format: str = "png16"
     max_pixels: int = 100_000_000
-    method: str = "none"
-    samples: int | Literal["auto"] = 20
-    seed: int = 0
-    views: tuple[str, ...] | None = None
-    max_error: float = 0.01
-    carry: float | None = None
     insert_dropout: dict[str, float] = field(default_factory=dict)
     backend: str = "torch"
     precision: str = "auto"
 
     def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
         """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
-        if self.method == "none" and self.views is None and self.carry is None:
+        settings = self.settings
+        if settings.method == "none" and settings.carry is None:
             model, engine = on_backend(models[0], self.backend, self.precision, workers)
             return model, None, {"backend": engine}
-        sampler = sampler_for(
-            models, self.method, self.views, backend=self.backend, precision=self.precision, streams=workers
-        )
-        about: dict[str, Any] = {"samples": self.samples, "seed": self.seed} if sampler.drawn else {}
-        about |= {"carry": self.carry} if self.carry is not None else {}
-        about |= {"max_error": self.max_error} if self.samples == "auto" else {}
+        sampler = settings.sampler(models, backend=self.backend, precision=self.precision, streams=workers)
+        about: dict[str, Any] = {"samples": settings.samples, "seed": settings.seed} if sampler.drawn else {}
+        about |= {"carry": settings.carry} if settings.carry is not None else {}
+        about |= {"max_error": settings.max_error} if settings.samples == "auto" else {}
         return models[0], sampler, about | {"inserted_dropout": self.insert_dropout, **sampler.how}
 
     def errors(self, sampler: Sampler | None) -> list[str]:
         """Maps whose Monte-Carlo error is told."""
-        if sampler is None or not sampler.drawn or self.carry is not None:
+        if sampler is None or not sampler.drawn or self.settings.carry is not None:
             return []
-        return (
-            [*self.maps]
-            if self.samples == "auto"
-            else [name for name in self.maps if name == "confidence" and sampler.alike]
-        )
+        if self.settings.samples == "auto":
+            return [*self.settings.maps]
+        return [name for name in self.settings.maps if name == "confidence" and sampler.alike]
 
-    def settings(self, models: Sequence[Model], sampler: Sampler | None, engine: dict[str, Any]) -> dict[str, Any]:
+    def run_json(self, models: Sequence[Model], sampler: Sampler | None, engine: dict[str, Any]) -> dict[str, Any]:
         """What decides the output: the content of run.json."""
         C = len(models[0].classes)
         about = [
@@ -100,17 +90,18 @@ class Job:
             "input": str(self.source.resolve()),
             "model": about[0],
             **({"models": about} if len(about) > 1 else {}),
-            "method": self.method,
+            "method": self.settings.method,
             **engine,
             "calibration": "none",
-            "scale": str(self.scale),
+            "scale": str(self.settings.scale),
+            "tile": self.settings.tile,
             "format": self.format,
             "maps": {
                 name: {
                     "title": info.title, "unit": info.unit, "full_scale": info.full_scale(C), "sure_is": info.sure_is, "about": info.about, "drawn_to": info.drawn_to,
                     "stored": "round(65535 × map)" if self.format == "png16" else "float32", "range": [0.0, 1.0],
                 }
-                for name in self.maps
+                for name in self.settings.maps
                 for info in [maps_.MAPS[name]]
             },
             "errors": self.errors(sampler),
@@ -182,7 +173,7 @@ def look_back(job: Job, model: Model, sampler: Sampler | None, path: str, carry:
     """Predict a frame that is done already, for the sake of those after it; one that failed is passed over."""
     try:
         rgb = read_image(job.source / path, max_pixels=job.max_pixels).rgb
-        predict_photo(model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error, carry)
+        predict_photo(model, sampler, rgb, job.settings, carry)
     except (ImageError, ModelError):
         pass
 
@@ -192,34 +183,32 @@ def _in_memory(
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
     sums = _sums(job, sampler)
-    if sampler is None and not fits(H, W, scale_factor(model, H, W, job.scale)):
-        sampler = sampler_for([model], "none")
-    logits, moments, errors = predict_photo(
-        model, sampler, rgb, job.maps, job.samples, job.seed, job.scale, job.max_error, carry
-    )
-    labels_HW, found = describe_photo(logits, moments, H, W, job.maps)
+    if sampler is None and job.settings.needs_sampler(model, H, W):
+        sampler = job.settings.sampler([model])
+    logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry)
+    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
     for name, map_HW in found.items():
         suffix, content = _encode(map_HW, job.format)
         files[name + suffix] = content
     for name, map_HW in [*found.items(), *((_error(name), each) for name, each in errors.items())]:
         sums[name].add(map_HW)
-    files["overlay.jpg"] = _overlay(rgb, found[job.maps[0]], job.maps[0], len(model.classes))
-    return _told(job, sums, moments.n if job.samples == "auto" and moments else None), files
+    files["overlay.jpg"] = _overlay(rgb, found[job.settings.maps[0]], job.settings.maps[0], len(model.classes))
+    return _told(job, sums, moments.n if job.settings.samples == "auto" and moments else None), files
 
 
 def _in_blocks(
     job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, scratch: Path
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
-    if job.samples == "auto" or job.carry is not None:
+    if job.settings.samples == "auto" or job.settings.carry is not None:
         raise ModelError(f"samples auto and carry: expected at most {LARGE} pixels. Received: {W}x{H}."
                          " Set a number of samples, and no carry.")  # fmt: skip
     errors, sums = job.errors(sampler), _sums(job, sampler)
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
-    sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.maps}
+    sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
     labels = _Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
-    blocks = describe_blocks(model, sampler, rgb, job.maps, job.samples, job.seed, job.scale)
+    blocks = describe_blocks(model, sampler, rgb, job.settings)
     torch.set_num_threads(available_cores())  # it waited until it was alone
     for rows, columns, labels_RW, maps_RW, moments in blocks:
         labels.put(rows, columns, labels_RW)
@@ -231,17 +220,19 @@ def _in_blocks(
 
     torch.set_num_threads(1)
     small = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
-    first = sheets[job.maps[0]].shrunk(*small.shape[:2])
+    first = sheets[job.settings.maps[0]].shrunk(*small.shape[:2])
     files: Files = {"labels.png": labels.save_png(model.colours)}
     for name, sheet in sheets.items():
         suffix, file = sheet.save(job.format)
         files[name + suffix] = file
-    files["overlay.jpg"] = _overlay(small, first, job.maps[0], len(model.classes))
+    files["overlay.jpg"] = _overlay(small, first, job.settings.maps[0], len(model.classes))
     return _told(job, sums, None), files
 
 
 def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:
-    return {name: _Sums() for name in job.maps} | {_error(name): _Sums(ERROR_BINS) for name in job.errors(sampler)}
+    return {name: _Sums() for name in job.settings.maps} | {
+        _error(name): _Sums(ERROR_BINS) for name in job.errors(sampler)
+    }
 
 
 def _error(name: str) -> str:
@@ -275,11 +266,13 @@ class _Sums:
 
 def _told(job: Job, sums: dict[str, _Sums], samples: int | None) -> dict[str, Any]:
     """What the ledger says of the maps."""
-    errors = {name: round(each.quantile(ERROR_SHARE), 6) for name, each in sums.items() if name not in job.maps}
+    errors = {
+        name: round(each.quantile(ERROR_SHARE), 6) for name, each in sums.items() if name not in job.settings.maps
+    }
     return {
-        "mean": {name: sums[name].total / sums[name].pixels for name in job.maps},
+        "mean": {name: sums[name].total / sums[name].pixels for name in job.settings.maps},
         **({"errors": errors} if errors else {}),
-        "histogram": {name: sums[name].histogram() for name in job.maps},
+        "histogram": {name: sums[name].histogram() for name in job.settings.maps},
         **({"samples": samples} if samples is not None else {}),
     }
 

@@ -18,7 +18,7 @@ from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.moments import Moments
 from seguncert.predict import predict_logits, rows_at_size, scale_factor
-from seguncert.tiles import Sampler, fits
+from seguncert.tiles import LEAST, Sampler, fits
 from seguncert.video import Carry
 
 OF_ONE_PASS = ("confidence", "entropy", "margin")
@@ -71,6 +71,69 @@ class Result:
         return draw_overlay(self.rgb, self.maps[name], name, len(self.classes))
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How predictions are drawn; the arguments of `analyse` and of `seguncert export`, checked.
+
+    Raises ValueError where one is wrong, or goes with no other.
+    """
+
+    method: str = "none"
+    samples: int | str = 20
+    seed: int = 0
+    views: tuple[str, ...] | None = None
+    max_error: float = 0.01
+    carry: float | None = None
+    drop_path: bool = False
+    scale: str | float = "auto"
+    tile: int | str = "auto"
+    maps: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        parts = maps_.parse_method(self.method)
+        drawn = "mc-dropout" in parts
+        if isinstance(self.samples, str) and self.samples != "auto":
+            raise ValueError(f"samples: expected a number, or auto. Received: {self.samples!r}")
+        if self.samples == "auto" and not drawn:
+            raise ValueError(f"samples auto: expected a method with mc-dropout. Received: {self.method!r}")
+        if drawn and not isinstance(self.samples, str) and self.samples < 2:
+            raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {self.samples}")
+        if self.drop_path and not drawn:
+            raise ValueError(f"drop-path: expected with it a method with mc-dropout. Received: {self.method!r}")
+        if self.views is not None and "tta" not in parts:
+            raise ValueError(f"views: expected with them the method tta. Received: {self.method!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more. Received: {self.seed}")
+        if not 0 < self.max_error < 1:
+            raise ValueError(f"max-error: expected a share of full scale between 0 and 1. Received: {self.max_error}")
+        if self.carry is not None and not 0 < self.carry < 1:
+            raise ValueError(f"carry: expected a share between 0 and 1. Received: {self.carry}")
+        if self.carry is not None and self.samples == "auto":
+            raise ValueError("carry: expected with it a number of samples. Received: samples auto")
+        if self.tile != "auto" and (isinstance(self.tile, str) or self.tile < LEAST):
+            raise ValueError(f"tile: expected auto, or pixels a side, {LEAST} or more. Received: {self.tile!r}")
+        if not self.maps:
+            object.__setattr__(self, "maps", OF_MANY if parts else OF_ONE_PASS)
+        # a carried single pass has no spread where a frame shows something new
+        maps_.check_names(self.maps, sampled=bool(parts))
+
+    @property
+    def pixels(self) -> int | None:
+        """`tile` as a number, or None."""
+        return None if isinstance(self.tile, str) else self.tile
+
+    def sampler(self, models: Sequence[Model], **engine: Any) -> Sampler:
+        """As `seguncert.views.make_sampler`, which brings numba: half a second that one pass need not wait for."""
+        from seguncert.views import make_sampler
+
+        return make_sampler(models, self.method, self.views, self.drop_path, **engine)
+
+    def needs_sampler(self, model: Model, H: int, W: int) -> bool:
+        """False where one pass over the whole photo is all there is to it."""
+        whole = fits(H, W, scale_factor(model, H, W, self.scale), self.pixels)
+        return self.method != "none" or self.carry is not None or not whole
+
+
 def analyse(
     model: Model | Sequence[Model],
     image: str | os.PathLike[str] | bytes | np.ndarray,
@@ -81,8 +144,10 @@ def analyse(
     views: Sequence[str] | None = None,
     max_error: float = 0.01,
     carry: Carry | None = None,
+    drop_path: bool = False,
     maps: Sequence[str] | None = None,
     scale: str | float = "auto",
+    tile: int | Literal["auto"] = "auto",
 ) -> Result:
     """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array (H, W, 3) uint8.
 
@@ -95,15 +160,20 @@ def analyse(
             the pixels, and 1,000 at most.
         views: of tta; see `seguncert.views.make_sampler`.
         carry: for the frames of a video, one `seguncert.Carry` for all of them in order; what it carries is blended in.
+        drop_path: whether timm's stochastic depth is dropout too.
         maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
             and variance.
+        tile: pixels a side that a net is given at once; auto is 2,048, or 1,280 of larger pictures.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
         ModelError: the net gave values that are not finite, or has no dropout to sample.
         ValueError: unknown method, map or scale, or fewer than two samples.
     """
-    maps = check_settings(method, maps, samples, seed, max_error, carry.keep if carry else None)
+    settings = Settings(
+        method, samples, seed, None if views is None else tuple(views), max_error, carry.keep if carry else None, drop_path,
+        scale, tile, () if maps is None else chosen_maps(maps),
+    )  # fmt: skip
     models = [model] if isinstance(model, Model) else list(model)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
@@ -120,86 +190,55 @@ def analyse(
         except ImageError as error:
             raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
     H, W = photo.rgb.shape[:2]
-    plain = method == "none" and len(models) == 1 and views is None and carry is None
-    whole = fits(H, W, scale_factor(models[0], H, W, scale))
-    sampler = None if plain and whole else sampler_for(models, method, views)
-    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, maps, samples, seed, scale, max_error, carry)
-    labels, found = describe_photo(logits, moments, H, W, maps)
+    plain = len(models) == 1 and not settings.needs_sampler(models[0], H, W)
+    sampler = None if plain else settings.sampler(models)
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry)
+    labels, found = describe_photo(logits, moments, H, W, settings.maps)
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
         moments=moments if method != "none" else None, errors=errors, note=photo.note,
     )  # fmt: skip
 
 
-def check_settings(
-    method: str, maps: Sequence[str] | None, samples: int | str, seed: int, max_error: float = 0.01,
-    carry: float | None = None,
-) -> tuple[str, ...]:  # fmt: skip
-    """The maps to make; ValueError where a setting is wrong."""
-    parts = maps_.parse_method(method)
-    if isinstance(samples, str) and samples != "auto":
-        raise ValueError(f"samples: expected a number, or auto. Received: {samples!r}")
-    if samples == "auto" and "mc-dropout" not in parts:
-        raise ValueError(f"samples auto: expected a method with mc-dropout. Received: {method!r}")
-    if "mc-dropout" in parts and not isinstance(samples, str) and samples < 2:
-        raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
-    if seed < 0:
-        raise ValueError(f"seed: expected 0 or more. Received: {seed}")
-    if not 0 < max_error < 1:
-        raise ValueError(f"max-error: expected a share of full scale between 0 and 1. Received: {max_error}")
-    if carry is not None and not 0 < carry < 1:
-        raise ValueError(f"carry: expected a share between 0 and 1. Received: {carry}")
-    if carry is not None and samples == "auto":
-        raise ValueError("carry: expected with it a number of samples. Received: samples auto")
-    maps = (OF_MANY if parts else OF_ONE_PASS) if maps is None else tuple(maps)
-    maps_.check_names(
-        maps, sampled=bool(parts)
-    )  # a carried single pass has no spread where a frame shows something new
-    return maps
-
-
-def sampler_for(models: Sequence[Model], method: str, views: Sequence[str] | None = None, **engine: Any) -> Sampler:
-    """As `seguncert.views.make_sampler`, which brings numba: half a second that one pass need not wait for."""
-    from seguncert.views import make_sampler
-
-    return make_sampler(models, method, views, **engine)
+def chosen_maps(maps: Sequence[str]) -> tuple[str, ...]:
+    """Those that were named, of which there must be one; in `Settings` none stands for the method's own."""
+    if not maps:
+        maps_.check_names(maps)
+    return tuple(maps)
 
 
 def predict_photo(
     model: Model,
     sampler: Sampler | None,
     rgb: UInt8[np.ndarray, "H W 3"],
-    names: Sequence[str],
-    samples: int | Literal["auto"],
-    seed: int,
-    scale: str | float,
-    max_error: float = 0.01,
+    settings: Settings,
     carry: Carry | None = None,
 ) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
     """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors."""
     if sampler is None:
         assert carry is None
-        return predict_logits(model, rgb, scale), None, {}
-    if isinstance(samples, str):
-        moments, errors = _until_known(sampler, rgb, names, seed, scale, max_error)
+        return predict_logits(model, rgb, settings.scale), None, {}
+    if isinstance(settings.samples, str):
+        moments, errors = _until_known(sampler, rgb, settings)
     else:
-        moments = sampler.moments(rgb, samples, seed, scale)
+        moments = sampler.moments(rgb, settings.samples, settings.seed, settings.scale, settings.pixels)
         if carry is not None:
             moments = carry.blend(rgb, moments)
-        known = "confidence" in names and sampler.drawn and sampler.alike and carry is None
+        known = "confidence" in settings.maps and sampler.drawn and sampler.alike and carry is None
         errors = {"confidence": moments.standard_error_HW().numpy()} if known else {}
     return moments.log_mean_CHW(), moments, errors
 
 
 def _until_known(
-    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], names: Sequence[str], seed: int, scale: str | float, bound: float
+    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings
 ) -> tuple[Moments, dict[str, Float[np.ndarray, "H W"]]]:
     """Batches of samples until the first map is known; the standard error is that of the mean of the batches' maps."""
-    H, W = rgb.shape[:2]
+    H, W, names = *rgb.shape[:2], settings.maps
     moments = Moments.empty(len(sampler.classes), H, W)
     mean = {name: np.zeros((H, W), np.float32) for name in names}
     squares = {name: np.zeros((H, W), np.float32) for name in names}
-    for number, batch in enumerate(sampler.batches(rgb, AUTO_BATCH, seed, scale), 1):
+    batches = sampler.batches(rgb, AUTO_BATCH, settings.seed, settings.scale, settings.pixels)
+    for number, batch in enumerate(batches, 1):
         found = describe_photo(batch.log_mean_CHW(), batch, H, W, names)[1]
         moments.merge(batch)
         for name, map_HW in found.items():
@@ -208,7 +247,7 @@ def _until_known(
             squares[name] += delta_HW * (map_HW - mean[name])
         if number >= AUTO_LEAST:
             error_HW = np.sqrt(squares[names[0]] / (number * (number - 1)))
-            if np.quantile(error_HW, AUTO_SHARE) <= bound or number == AUTO_MOST:
+            if np.quantile(error_HW, AUTO_SHARE) <= settings.max_error or number == AUTO_MOST:
                 break
     return moments, {name: np.sqrt(each / (number * (number - 1))) for name, each in squares.items()}
 
@@ -232,19 +271,14 @@ def describe_photo(
 
 
 def describe_blocks(
-    model: Model,
-    sampler: Sampler | None,
-    rgb: UInt8[np.ndarray, "H W 3"],
-    names: Sequence[str],
-    samples: int,
-    seed: int,
-    scale: str | float,
+    model: Model, sampler: Sampler | None, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings
 ) -> Iterator[tuple[slice, slice, UInt8[np.ndarray, "R W"], dict[str, Float[np.ndarray, "R W"]], Moments]]:
     """Rows, columns, labels, maps and moments of one block after another, for photos too large to hold their maps."""
-    sampler = sampler or sampler_for([model], "none")
-    for rows, columns, moments in sampler.blocks(rgb, samples, seed, scale):
+    sampler = sampler or settings.sampler([model])
+    assert not isinstance(settings.samples, str)
+    for rows, columns, moments in sampler.blocks(rgb, settings.samples, settings.seed, settings.scale, settings.pixels):
         R, W = moments.entropy_HW.shape
-        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, names)
+        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps)
         yield rows, columns, labels_RW, found, moments
 
 

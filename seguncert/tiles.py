@@ -27,6 +27,7 @@ from seguncert.predict import positions, resize_photo, scale_factor
 SIDE = 2048  # pixels at most of a side of a picture that a net is given whole
 TILE = 1280  # a side, that it is given of a larger one: what a net holds of them bounds the memory
 MARGIN = 160  # of them around each block, whose own results are not used
+LEAST = 512  # of what may be asked for in place of both
 FADE = 32  # pixels of the photo on either side of a block's edge in which it fades into its neighbour
 WHOLE, BLOCK = (
     1 << 30,
@@ -160,10 +161,11 @@ class Sampler:
         samples: int = 20,
         seed: int = 0,
         scale: str | float = "auto",
-        side: int = SIDE,
+        tile: int | None = None,
     ) -> Moments:
         """Moments of `samples` samples at the size of the photo.
 
+        `tile` is how many pixels a side a net is given at once; None is `TILE`, of photos larger than `SIDE`.
         Raises ModelError where a net gives a value that is not finite or the moments need more than `MOST` bytes,
         ValueError for fewer than 2 samples.
         """
@@ -174,7 +176,7 @@ class Sampler:
                 f" Expected at most {MOST / 2**30:.0f}. `seguncert export` writes maps of such pictures block by block."
             )
         whole = None
-        for rows, columns, moments in self.blocks(rgb, samples, seed, scale, side):
+        for rows, columns, moments in self.blocks(rgb, samples, seed, scale, tile):
             if moments.entropy_HW.shape == (H, W):
                 return moments
             whole = whole or Moments.empty(C, H, W)
@@ -188,7 +190,7 @@ class Sampler:
         samples: int = 20,
         seed: int = 0,
         scale: str | float = "auto",
-        side: int = SIDE,
+        tile: int | None = None,
     ) -> Iterator[tuple[slice, slice, Moments]]:
         """Rows, columns and moments, one block after another; together they are the photo. From the top, row by row."""
         if self.drawn and samples < 2:
@@ -196,8 +198,8 @@ class Sampler:
         H, W, picture = *rgb.shape[:2], Picture(rgb)
         factor, each = self.largest(H, W, scale), 4 * (2 * len(self.classes) + 1)
         step = math.inf
-        if not fits(H, W, factor, side) or each * H * W > WHOLE:
-            step = max(4.0 * FADE, min((TILE - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
+        if not fits(H, W, factor, tile) or each * H * W > WHOLE:
+            step = max(4.0 * FADE, min(((tile or TILE) - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
 
         def predict(rows: slice, columns: slice) -> Moments:
             return self._draw(Look(picture, rows, columns, scale), range(samples), seed)
@@ -205,12 +207,17 @@ class Sampler:
         yield from blended(H, W, step, predict)
 
     def batches(
-        self, rgb: UInt8[np.ndarray, "H W 3"], size: int, seed: int = 0, scale: str | float = "auto"
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        size: int,
+        seed: int = 0,
+        scale: str | float = "auto",
+        tile: int | None = None,
     ) -> Iterator[Moments]:
         """Moments of the first `size` samples, of the next ones, and so on without end. Only for photos that fit."""
         H, W = rgb.shape[:2]
-        if not fits(H, W, self.largest(H, W, scale)):
-            raise ModelError(f"samples auto: expected a picture that is run whole, at most {SIDE} pixels a side."
+        if not fits(H, W, self.largest(H, W, scale), tile):
+            raise ModelError(f"samples auto: expected a picture that is run whole, at most {tile or SIDE} pixels a side."
                              f" Received: {W}x{H} at scale {scale}. Set a number of samples.")  # fmt: skip
         look = Look(Picture(rgb), slice(0, H), slice(0, W), scale)
         for first in itertools.count(0, size):
@@ -226,9 +233,9 @@ class Sampler:
         return moments
 
 
-def fits(H: int, W: int, factor: float, side: int = SIDE) -> bool:
-    """Whether a net is given a photo of H × W pixels whole."""
-    return factor * max(H, W) <= side + 0.5
+def fits(H: int, W: int, factor: float, tile: int | None = None) -> bool:
+    """Whether a net is given a photo of H × W pixels whole; None is `SIDE`."""
+    return factor * max(H, W) <= (tile or SIDE) + 0.5
 
 
 def blended(

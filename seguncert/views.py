@@ -117,6 +117,7 @@ def make_sampler(
     models: Sequence[Model],
     method: str,
     views: Sequence[str] | None = None,
+    drop_path: bool = False,
     backend: str = "torch",
     precision: str = "auto",
     streams: int = 1,
@@ -127,6 +128,7 @@ def make_sampler(
         models: one, or for an ensemble several of the same classes.
         views: of tta: flip (left and right), flip-vertical, and factors of the scale, of which each is combined with
             each. None is flip and `ZOOMS` for a model with a frame, both flips for one without.
+        drop_path: whether mc-dropout takes timm's stochastic depth for dropout.
         streams: how many threads will use it at once.
 
     Raises:
@@ -148,7 +150,7 @@ def make_sampler(
     for model in models:
         sampler: Sampler
         if "mc-dropout" in parts:
-            sampler = DropoutSampler(model, backend=backend, precision=precision, streams=streams)
+            sampler = DropoutSampler(model, drop_path, backend=backend, precision=precision, streams=streams)
         elif "sampling-free" in parts:
             sampler = SamplingFree(model, backend=backend, precision=precision, streams=streams)
         else:

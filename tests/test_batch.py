@@ -205,8 +205,8 @@ def test_an_image_that_kills_the_process_is_given_up_and_the_rest_goes_on(pictur
     out = tmp_path / "out"
     victim = sorted(path for path in list_images(pictures)[0])[5]
     for _ in range(batch.CRASHES):  # what three crashes on this image leave behind
-        job = batch.Job(pictures, batch.check_settings("none", None, 20, 0))
-        store = batch.Store(out, job.settings([seguncert.load_model(small_model)], None, {"backend": "torch fp32"}))
+        job = batch.Job(pictures)
+        store = batch.Store(out, job.run_json([seguncert.load_model(small_model)], None, {"backend": "torch fp32"}))
         store.begin(victim)
         store._ledger.close()
     monkeypatch.setattr(batch, "_process_alone", _die)
@@ -517,6 +517,10 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
         ({"method": "tta", "views": ["spin"]}, "views: expected flip, flip-vertical, or factors"),
         ({"views": ["flip"]}, "views: expected with them the method tta. Received: 'none'"),
         ({"method": "mc-dropout", "max_error": 2.0}, "max-error: expected a share of full scale between 0 and 1. Received: 2.0"),
+        ({"drop_path": True}, "drop-path: expected with it a method with mc-dropout. Received: 'none'"),
+        ({"carry": 1.0}, "carry: expected a share between 0 and 1. Received: 1.0"),
+        ({"tile": 100}, "tile: expected auto, or pixels a side, 512 or more. Received: 100"),
+        ({"maps": []}, "maps: expected one or more of"),
         ({"method": "ensemble"}, "method: expected ensemble with several models"),
         ({"insert_dropout": {"encoder": 0.1}}, "insert-dropout: expected with it the method mc-dropout or sampling-free. Received: none"),
     ],
@@ -529,7 +533,7 @@ def test_wrong_settings_of_samples(settings, message, pictures, small_model, tmp
 
 def test_a_number_of_samples_that_is_none():
     with pytest.raises(ValueError, match="samples: expected a number, or auto. Received: 'many'"):
-        batch.check_settings("mc-dropout", None, "many", 0)
+        batch.Settings("mc-dropout", "many")
 
 
 def test_frames_of_a_video_carry_their_past_also_over_a_break(pictures, small_model, tmp_path, monkeypatch):

@@ -153,9 +153,9 @@ def test_odd_sizes(size, p):
 def test_a_piece_of_the_photos_own_size_is_not_the_photo():
     sampler = DropoutSampler(wrap(fpn()))
     rgb = np.random.default_rng(1).integers(0, 256, (416, 416, 3), dtype=np.uint8)
-    cut = sampler.moments(rgb, 2, scale=2.0, side=400)
+    cut = sampler.moments(rgb, 2, scale=2.0, tile=400)
     sampler.tail = None
-    assert_same(cut, sampler.moments(rgb, 2, scale=2.0, side=400), 1e-5)
+    assert_same(cut, sampler.moments(rgb, 2, scale=2.0, tile=400), 1e-5)
 
 
 class CallsMore(nn.Module):
@@ -258,10 +258,10 @@ def test_pieces_do_not_show(photo):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 3, padding=1))
     big = cv2.resize(photo, (1300, 900), interpolation=cv2.INTER_CUBIC)
     sampler = DropoutSampler(wrap(net.eval()))
-    whole, cut = sampler.moments(big, 4), sampler.moments(big, 4, side=400)
+    whole, cut = sampler.moments(big, 4), sampler.moments(big, 4, tile=400)
     assert_same(cut, whole, 1e-5)
     sampler.tail = None
-    assert_same(sampler.moments(big, 4, side=400), whole, 1e-5)
+    assert_same(sampler.moments(big, 4, tile=400), whole, 1e-5)
 
 
 @pytest.mark.parametrize("net", [unet, fpn])

@@ -64,7 +64,6 @@ def test_neighbours_that_disagree_fade_into_each_other():
 @pytest.mark.parametrize("kind", ["one pass", "masks of values", "masks of channels"])
 def test_blocks_equal_the_whole(kind, scale, size, monkeypatch):
     monkeypatch.setattr(tiles, "MARGIN", 32)
-    monkeypatch.setattr(tiles, "TILE", 84)
     if kind == "masks of channels":
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 3, padding=1))
@@ -74,8 +73,8 @@ def test_blocks_equal_the_whole(kind, scale, size, monkeypatch):
         sampler = (OnePass if kind == "one pass" else DropoutSampler)(wrap(elementwise(), divisor=4))
     rgb = photo(*size)
     whole = sampler.moments(rgb, 3, scale=scale)
-    cut = sampler.moments(rgb, 3, scale=scale, side=80)
-    parts = list(sampler.blocks(rgb, 3, 0, scale, side=80))
+    cut = sampler.moments(rgb, 3, scale=scale, tile=84)
+    parts = list(sampler.blocks(rgb, 3, 0, scale, tile=84))
     assert len(parts) > 1 and "blocks" not in sampler.how
     assert (cut.mean_CHW - whole.mean_CHW).abs().max() < 1e-4
     assert (cut.entropy_HW - whole.entropy_HW).abs().max() < 2e-4
@@ -118,7 +117,7 @@ def test_a_value_that_is_not_finite_in_any_block_is_an_error():
 
     rgb = photo(700, 900) // 2
     sampler = OnePass(wrap(Spoils(), 2, mean=(0.0, 0.0, 0.0), std=(0.2, 0.2, 0.2)))
-    sampler.moments(rgb, side=400)
+    sampler.moments(rgb, tile=400)
     rgb[650, 850] = 255
     with pytest.raises(ModelError, match="not finite"):
-        sampler.moments(rgb, side=400)
+        sampler.moments(rgb, tile=400)

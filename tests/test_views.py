@@ -93,10 +93,9 @@ def test_samples_of_all_views_are_merged_and_share_no_masks(photo):
 
 def test_views_of_a_photo_in_blocks(photo, monkeypatch):
     monkeypatch.setattr(tiles, "MARGIN", 32)
-    monkeypatch.setattr(tiles, "TILE", 160)
     big = cv2.resize(photo, (400, 250), interpolation=cv2.INTER_CUBIC)
     sampler = make_sampler([model()], "mc-dropout+tta", ["flip", "0.8"])
-    whole, cut = sampler.moments(big, 3, scale="native"), sampler.moments(big, 3, scale="native", side=160)
+    whole, cut = sampler.moments(big, 3, scale="native"), sampler.moments(big, 3, scale="native", tile=160)
     assert (whole.mean_CHW - cut.mean_CHW).abs().max() < 1e-3 and whole.variance_CHW().max() > 1e-2
 
 
