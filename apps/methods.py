@@ -81,12 +81,12 @@ def main(
         f" {samples} samples, seed {seed}, scale {scale}, not calibrated"
     )
     table = Table("method", *FIGURES, *(f"AUROC {name}" for name in SPREAD), "ms")
-    ways: list[tuple[str, Carry | None]] = [(method, None) for method in methods.split(",")]
-    ways += [(method, Carry(carry)) for method in ("none", "mc-dropout") if carry is not None]
+    ways: list[tuple[str, float | None]] = [(method, None) for method in methods.split(",")]
+    ways += [(method, carry) for method in ("none", "mc-dropout") if carry is not None]
     first: Evaluation | None = None
-    for method, past in ways:
-        title = method + (f", carry {past.keep:g}" if past else "")
-        evaluation, seconds = judge(net, track(pairs, title, console=Console(stderr=True)), method, past, ignore_index,
+    for method, keep in ways:
+        title = method + (f", carry {keep:g}" if keep else "")
+        evaluation, seconds = judge(net, track(pairs, title, console=Console(stderr=True)), method, keep, ignore_index,
                                     of_cluster, samples, seed, scale)  # fmt: skip
         values, intervals = evaluation.compute(), evaluation.intervals()
         spread = [f"error_auroc.{name}" for name in SPREAD if name in evaluation.maps]
@@ -104,7 +104,7 @@ def judge(
     net: Model,
     pairs: Iterable[tuple[Path, Path]],
     method: str,
-    past: Carry | None,
+    keep: float | None,
     ignore_index: int | None,
     of_cluster: dict[str, str],
     samples: int,
@@ -113,11 +113,14 @@ def judge(
 ) -> tuple[Evaluation, float]:
     """The sums of one way to draw predictions, and the seconds that drawing took."""
     spread = SPREAD if method != "none" else ()
-    settings = Settings(method, samples, seed, carry=past.keep if past else None, scale=scale, maps=("confidence", *spread))
-    sampler = settings.sampler([net]) if method != "none" or past is not None else None
+    drawn = {"samples": samples, "seed": seed} if "mc-dropout" in method else {}
+    settings = Settings(method, **drawn, carry=keep, scale=scale, maps=("confidence", *spread))  # type: ignore[arg-type]
+    sampler = settings.sampler([net]) if method != "none" or keep is not None else None
     evaluation = Evaluation.empty(len(net.classes), ignore_index=IGNORED, maps=dict.fromkeys(spread, "low"))
-    seconds = 0.0
+    seconds, past, sequence = 0.0, None, ""
     for image, label in pairs:
+        if keep is not None and (past is None or image.stem.split("_")[0] != sequence):
+            past, sequence = Carry(keep), image.stem.split("_")[0]
         rgb, labels_HW = read_image(image).rgb, read_label(label, len(net.classes), ignore_index)
         H, W = labels_HW.shape
         started = time.perf_counter()

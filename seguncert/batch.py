@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +20,10 @@ import cv2
 import torch
 
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
-from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, tiff_writer
+from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable, tiff_writer
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
-from seguncert.run import Settings, chosen_maps
+from seguncert.run import Settings, chosen_maps, chosen_views
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
 from seguncert.tiles import Sampler
@@ -92,7 +94,7 @@ def export(
     """
     source, out = Path(source), Path(out)
     settings = Settings(
-        method, samples, seed, None if views is None else tuple(views), max_error, carry, drop_path, scale, tile,
+        method, samples, seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
         () if maps is None else chosen_maps(maps),
     )  # fmt: skip
     if format not in FORMATS:
@@ -110,6 +112,8 @@ def export(
     workers = workers or min(available_cores(), 16)
     if insert_dropout and not {"mc-dropout", "sampling-free"} & set(method.split("+")):
         raise ValueError(f"insert-dropout: expected with it the method mc-dropout or sampling-free. Received: {method}")
+    if not isinstance(model, (Model, str, os.PathLike)) and not model:
+        raise ValueError("model: expected at least one. Received: none")
     given = [model] if isinstance(model, (Model, str, os.PathLike)) else list(model)
     loaded = [each for each in given if isinstance(each, Model)]
     spec = [each for each in given if not isinstance(each, Model)]
@@ -137,11 +141,14 @@ def export(
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
             with sampler.ready() if sampler else evaluating(net.module):
-                wanted = {path for path in todo if path not in suspects}
-                sequences = _sequences(paths) if carry is not None else [[path] for path in todo if path in wanted]
-                _work(job, net, sampler, store, sequences, wanted, workers, count)
-            for path in sorted(suspects):
-                count(_try_alone(job, store, path, spec or None, device))
+                work = _Work(job, net, sampler, store, count)
+                if carry is None:
+                    work.all((partial(work.photo, path) for path in todo if path not in suspects), workers)
+                else:
+                    every = (partial(work.video, frames, set(todo), suspects) for frames in sequences(paths))
+                    work.all(every, workers)
+            for path in sorted(suspects):  # what comes before a frame is not known to another process
+                count(_try_alone(job, store, path, spec if carry is None and spec else None, device))
         except KeyboardInterrupt as error:
             stopped = error
         counts = write_tables(store, source, paths)
@@ -179,70 +186,92 @@ def list_images(source: Path, out: Path | None = None) -> tuple[list[str], dict[
     return sorted(set(paths)), {suffix: n for suffix, n in sorted(passed_over.items()) if suffix not in IMAGE_SUFFIXES}
 
 
-def _sequences(paths: list[str]) -> list[list[str]]:
+def sequences(paths: list[str]) -> list[list[str]]:
     """Frames of one folder whose names differ only in their last number are a sequence, in the order of that number.
 
-    >>> _sequences(["a/9.png", "a/10.png", "b/x.png", "a/run 2 - 1.png"])
+    >>> sequences(["a/9.png", "a/10.png", "b/x.png", "a/run 2 - 1.png"])
     [['a/9.png', 'a/10.png'], ['a/run 2 - 1.png'], ['b/x.png']]
     """
-    found: dict[str, list[tuple[int, str]]] = {}
+    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for path in paths:
-        digits = re.search(r"\d*$", Path(path).stem)
+        suffix = Path(path).suffix
+        name = path[: len(path) - len(suffix)]
+        digits = re.search(r"[0-9]*$", name)
         number = digits[0] if digits else ""
-        name = str(Path(path).with_suffix(""))
-        found.setdefault(name[: len(name) - len(number)], []).append((int(number or 0), path))
+        found.setdefault((name[: len(name) - len(number)], suffix), []).append((int(number or 0), path))
     return [[path for _, path in sorted(frames)] for _, frames in sorted(found.items())]
 
 
-def _work(
-    job: Job,
-    model: Model,
-    sampler: Sampler | None,
-    store: Store,
-    sequences: list[list[str]],
-    todo: set[str],
-    workers: int,
-    count: Callable[[str], None],
-) -> None:
-    """Threads that each take an image from file to files; numpy, OpenCV and torch leave the interpreter lock alone.
+@dataclass(frozen=True)
+class _Work:
+    """What the threads share. `photos` have nothing to do with each other; of a video the frames are taken in order."""
 
-    Photos that have nothing to do with each other are sequences of one; what is carried along a longer one needs its
-    frames in order, also those that are done already.
-    """
-    stop = threading.Event()
+    job: Job
+    model: Model
+    sampler: Sampler | None
+    store: Store
+    count: Callable[[str], None]
+    stop: threading.Event = field(default_factory=threading.Event)
 
-    def attempt(frames: list[str]) -> None:
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-        carry = None if job.settings.carry is None else Carry(job.settings.carry)
-        left = sum(path in todo for path in frames)
+    def photo(self, path: str, carry: Carry | None = None, past: str = "") -> bool:
+        """Take an image from file to files; whether that went well."""
+        folder = self.store.begin(path)
+        line, files = process(self.job, self.model, self.sampler, path, folder, carry)
+        self.store.finish(folder, line | {"past": past} if carry else line, files)
+        self.count(line["status"])
+        return line["status"] == "ok"
+
+    def video(self, frames: list[str], todo: set[str], suspects: set[str]) -> None:
+        """The frames of a video that are not done, or that were done with another past.
+
+        `past` names what a frame has behind it. Frames that are done are predicted again, for the sake of those after
+        them, but not before one of these can be read.
+        """
+        carry, past, unseen = Carry(self.job.settings.carry or 0), "", list[str]()
         for path in frames:
-            if stop.is_set() or not left:
+            if self.stop.is_set():
                 return
-            if path not in todo:
-                look_back(job, model, sampler, path, carry)
+            if path in suspects:
                 continue
-            folder = store.begin(path)
-            line, files = process(job, model, sampler, path, folder, carry)
-            store.finish(folder, line, files)
-            count(line["status"])
-            left -= 1
+            good = path not in todo and self.store.lines[path].get("past") == past
+            if good:
+                unseen.append(path)
+            else:
+                if readable(self.job, path):
+                    for before in unseen:
+                        look_back(self.job, self.model, self.sampler, before, carry)
+                    unseen.clear()
+                if path not in todo:
+                    self.count("again")
+                good = self.photo(path, carry, past)
+            if good:
+                named = f"{past} {path} {stamp_of(self.job.source / path)}"
+                past = hashlib.blake2b(os.fsencode(named), digest_size=12).hexdigest()
 
-    under_way = set[Future[None]]()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for frames in sequences:
-                under_way.add(pool.submit(attempt, frames))
-                if len(under_way) >= 2 * workers:
+    def all(self, tasks: Iterable[Callable[[], object]], workers: int) -> None:
+        """Threads that each take a task after another; numpy, OpenCV and torch leave the interpreter lock alone."""
+
+        def run(task: Callable[[], object]) -> None:
+            torch.set_num_threads(1)
+            cv2.setNumThreads(1)
+            if not self.stop.is_set():
+                task()
+
+        under_way = set[Future[None]]()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for task in tasks:
+                    under_way.add(pool.submit(run, task))
+                    if len(under_way) >= 2 * workers:
+                        under_way = _drain(under_way)
+                while under_way:
                     under_way = _drain(under_way)
-            while under_way:
-                under_way = _drain(under_way)
-        except KeyboardInterrupt:
-            stop.set()
-            for future in under_way:
-                future.cancel()
-            wait(under_way)
-            raise
+            except BaseException:
+                self.stop.set()
+                for future in under_way:
+                    future.cancel()
+                wait(under_way)
+                raise
 
 
 def _drain(under_way: set[Future[None]]) -> set[Future[None]]:
@@ -287,6 +316,9 @@ def _counter(progress: Callable[[int, int, int], None] | None, before: int, tota
 
     def count(status: str) -> None:
         with lock:
+            if status == "again":  # it was done, and is to be done with another past
+                counts["ok"] -= 1
+                return
             counts[status] += 1
             if progress is not None:
                 progress(counts["ok"], counts["failed"], total)

@@ -85,7 +85,7 @@ def export(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="bundled model (see `seguncert models`) or a model folder; several times for an ensemble [default: street]"
+            help="bundled model (see `seguncert models`) or a model folder; several times with the method ensemble [default: street]"
         ),
     ] = None,
     method: Annotated[
@@ -96,7 +96,10 @@ def export(
         ),
     ] = "none",
     samples: Annotated[
-        str, typer.Option(help="of mc-dropout, a number; auto: until the first map is known to max-error")
+        str,
+        typer.Option(
+            help="of mc-dropout, for each view and net; auto: until the first map is known to max-error, 1000 at most"
+        ),
     ] = "20",
     seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
     views: Annotated[
@@ -113,7 +116,8 @@ def export(
     carry: Annotated[
         float | None,
         typer.Option(
-            help="frames of a video (names that differ in their last number): how much the frame before counts, 0 to 1"
+            help="frames of a video (names that differ in their last number): how much the frame before counts, between 0 and"
+            " 1; a video is done by one worker"
         ),
     ] = None,
     drop_path: Annotated[
@@ -174,7 +178,7 @@ def export(
             max_error=max_error,
             carry=carry,
             drop_path=drop_path,
-            insert_dropout=dict(map(_place, insert_dropout or [])),
+            insert_dropout=_places(insert_dropout or []),
             maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
             scale=scale,
             tile=_number("tile", tile),
@@ -254,6 +258,13 @@ def _number(option: str, text: str) -> int | Literal["auto"]:
         return "auto" if text == "auto" else int(text)
     except ValueError:
         raise ValueError(f"{option}: expected a number, or auto. Received: {text!r}") from None
+
+
+def _places(texts: list[str]) -> dict[str, float]:
+    places = dict(map(_place, texts))
+    if len(places) < len(texts):
+        raise ValueError(f"insert-dropout: expected each place once. Received: {', '.join(texts)}")
+    return places
 
 
 def _place(text: str) -> tuple[str, float]:

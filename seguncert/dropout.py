@@ -7,6 +7,7 @@ holds, and torch's own random numbers are left alone: a mask is a function of (s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seguncert.model import Model, ModelError, evaluating
+from seguncert.model import FORWARDS, Model, ModelError
 from seguncert.noise import keep_or_drop
 
 ALPHA = 1.7580993408473766  # minus the limit of SELU at −∞, of alpha dropout (Klambauer et al. 2017)
@@ -110,7 +111,7 @@ class Masks:
             return torch.from_numpy(keep_or_drop(key, keep, kept, flat)).view(shape)
         first, exact = list[int](), True
         for start, length, whole in zip(self.origin, shape[2:], self.frame, strict=True):
-            exact = exact and (start == 0 or start * length % whole == 0)
+            exact = exact and (start == 0 or (whole % length == 0 and start * length % whole == 0))
             first.append(start * length // whole if start and length > 1 else 0)
         self.unplaced |= not exact and math.prod(shape[2:]) > 1
         last = value_N.stride(1) == 1 and shape[1] > 1
@@ -137,40 +138,32 @@ class _Watch(TorchDispatchMode):
 def functional_dropout(model: Model) -> list[str]:
     """Modules that draw random numbers by themselves in training mode, as `torch.nn.functional.dropout` does.
 
-    Found by watching the operators of one pass over noise, with all but normalisation and known dropout in training
-    mode. Flags, buffers and torch's random state are as before afterwards.
+    Found by watching the operators of one pass over noise of a copy of the net, with all but normalisation and known
+    dropout in training mode. A net that cannot be copied, or asks for labels in training mode, keeps it to itself.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return _functional_dropout(model)
+    try:
+        with FORWARDS:
+            net = copy.deepcopy(model.module)
+    except Exception:  # whatever a module holds
+        return []
+    for module in net.modules():
+        if hasattr(vars(module).get("forward"), "original"):  # set by another thread, and belongs to the net itself
+            del module.forward
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        return _functional_dropout(net, probe_input(model))
 
 
-def _functional_dropout(model: Model) -> list[str]:
-    net, probe, found, stack = model.module, probe_input(model), list[str](), list[str]()
-    known = {id(m) for m in net.modules() if isinstance(m, (_DropoutNd, _NormBase))}
-    buffers = {name: value.clone() for name, value in net.named_buffers()}
-    training = [module for module in net.modules() if module.training]
-    with torch.random.fork_rng(), evaluating(net):
-        hooks = []
-        for name, module in net.named_modules():
-            hooks += [
-                module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)),
-                module.register_forward_hook(lambda *_: (stack.pop(), None)[1]),
-            ]
-            module.training = id(module) not in known
-        try:
-            with _Watch(lambda: found.append(stack[-1] or type(net).__name__)):
-                net(probe)
-        except Exception:  # some nets ask for labels in training mode; then nothing is known
-            found.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in net.modules():
-                module.training = False
-            for name, value in net.named_buffers():
-                if not torch.equal(value, buffers[name]):
-                    value.copy_(buffers[name])
-    assert training == [module for module in net.modules() if module.training]
+def _functional_dropout(net: nn.Module, probe: Tensor) -> list[str]:
+    found, stack = list[str](), list[str]()
+    for name, module in net.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+        module.register_forward_hook(lambda *_: (stack.pop(), None)[1])
+        module.training = not isinstance(module, (_DropoutNd, _NormBase))
+    try:
+        with _Watch(lambda: found.append(stack[-1] or type(net).__name__)):
+            net(probe)
+    except Exception:
+        return []
     return list(dict.fromkeys(found))
 
 

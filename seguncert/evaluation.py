@@ -14,7 +14,8 @@ from jaxtyping import UInt8
 from seguncert.image import IMAGE_SUFFIXES, read_image
 from seguncert.metrics import Scores
 from seguncert.model import Model
-from seguncert.predict import predict_logits, rows_at_size
+from seguncert.predict import rows_at_size
+from seguncert.run import Settings, predict_photo
 
 IGNORED = 255  # what the ignore index becomes inside; C is at most 255 here
 
@@ -53,7 +54,7 @@ def measure(
     model: Model, pairs: Iterable[tuple[Path, Path]], ignore_index: int | None, scale: str | float = "auto"
 ) -> dict[Path, Scores]:
     """Sums of each image of one deterministic pass, at the size of the image."""
-    scores = {}
+    scores, settings = {}, Settings(scale=scale)
     with torch.inference_mode():
         for image, label in pairs:
             labels_HW = read_label(label, len(model.classes), ignore_index)
@@ -63,7 +64,10 @@ def measure(
                     f"{label}: expected the size of its image, {rgb.shape[:2]}. Received: {labels_HW.shape}"
                 )
             scores[image] = Scores.empty(len(model.classes))
-            for rows, logits_CRW in rows_at_size(predict_logits(model, rgb, scale), *labels_HW.shape):
+            H, W = labels_HW.shape
+            sampler = settings.sampler([model]) if settings.needs_sampler(model, H, W) else None
+            logits = predict_photo(model, sampler, rgb, settings)[0]
+            for rows, logits_CRW in rows_at_size(logits, H, W):
                 scores[image].update(logits_CRW, labels_HW[rows], ignore_index=IGNORED)
     return scores
 

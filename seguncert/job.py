@@ -27,13 +27,13 @@ from PIL import Image
 
 from seguncert import maps as maps_
 from seguncert import render
-from seguncert.image import ImageError, read_image
+from seguncert.image import MAX_BYTES, ImageError, read_image
 from seguncert.model import Model, ModelError
 from seguncert.predict import on_backend
 from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
-from seguncert.store import OURS, stamp_of
+from seguncert.store import FULL, OURS, cannot_write, stamp_of
 from seguncert.tables import BINS
-from seguncert.tiles import Sampler
+from seguncert.tiles import MOST, Sampler, moments_bytes
 from seguncert.video import Carry
 
 FORMATS = ("png16", "npy", "tiff")
@@ -41,6 +41,7 @@ LARGE = 64_000_000  # pixels of a photo whose maps go to the disk block by block
 ERROR_BINS = 1 << 14  # of the histogram from which the quantile of the Monte-Carlo error is read
 ERROR_SHARE = 0.99
 TILE = 256  # of a large TIFF
+OVERLAY = 4096  # pixels of the longest side of the overlay of a large picture
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Job:
     def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
         """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
         settings = self.settings
-        if settings.method == "none" and settings.carry is None:
+        if settings.method == "none" and settings.carry is None and len(models) == 1:
             model, engine = on_backend(models[0], self.backend, self.precision, workers)
             return model, None, {"backend": engine}
         sampler = settings.sampler(models, backend=self.backend, precision=self.precision, streams=workers)
@@ -82,6 +83,7 @@ class Job:
             {
                 "name": model.name, "sha256": model.sha256, "classes": list(model.classes), "colours": model.colours.tolist(),
                 "mean": list(model.mean), "std": list(model.std), "frame": model.frame and list(model.frame),
+                "divisor": model.divisor, "head": model.head, "dropout": model.card.get("dropout", []),
             }
             for model in models
         ]  # fmt: skip
@@ -153,29 +155,48 @@ def process(
     if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
         return line | {"error": "the folder cannot be listed; check its permissions"}, {}
     try:
-        photo = read_image(file, max_pixels=job.max_pixels)
+        photo = read_image(file, max_pixels=job.max_pixels, max_bytes=max(MAX_BYTES, 8 * job.max_pixels))
         H, W = photo.rgb.shape[:2]
-        heavier = 1 + len(model.classes) // 3 if sampler else 1  # moments hold floats of each class
-        with PIXELS.take(H * W * heavier):
-            if H * W > LARGE:
+        with PIXELS.take(_weight(model, sampler, photo.rgb)):
+            sampled = sampler is not None or job.settings.needs_sampler(model, H, W)
+            if H * W > LARGE or (sampled and moments_bytes(len(model.classes), H, W) > MOST):
                 found, files = _in_blocks(job, model, sampler, photo.rgb, scratch)
             else:
                 found, files = _in_memory(job, model, sampler, photo.rgb, carry)
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
+    except OSError as error:
+        if error.errno in FULL:
+            raise cannot_write(scratch, error) from None
+        return line | {"error": f"failed inside: {error}"}, {}
     except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
         return line | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
     done = {"status": "ok", "note": photo.note, "height": H, "width": W}
     return line | done | found | {"seconds": round(time.perf_counter() - started, 4)}, files
 
 
+def readable(job: Job, path: str) -> bool:
+    """Whether a frame can be decoded at all."""
+    try:
+        read_image(job.source / path, max_pixels=job.max_pixels)
+    except Exception:  # `process` will say what
+        return False
+    return True
+
+
 def look_back(job: Job, model: Model, sampler: Sampler | None, path: str, carry: Carry | None) -> None:
     """Predict a frame that is done already, for the sake of those after it; one that failed is passed over."""
     try:
         rgb = read_image(job.source / path, max_pixels=job.max_pixels).rgb
-        predict_photo(model, sampler, rgb, job.settings, carry)
-    except (ImageError, ModelError):
+        with PIXELS.take(_weight(model, sampler, rgb)):
+            predict_photo(model, sampler, rgb, job.settings, carry)
+    except Exception:  # as in `process`
         pass
+
+
+def _weight(model: Model, sampler: Sampler | None, rgb: np.ndarray) -> int:
+    """How much of `PIXELS` a photo takes: moments hold floats of each class."""
+    return rgb.shape[0] * rgb.shape[1] * (1 + len(model.classes) // 3 if sampler else 1)
 
 
 def _in_memory(
@@ -219,7 +240,7 @@ def _in_blocks(
             sums[_error(name)].add(moments.standard_error_HW().numpy())
 
     torch.set_num_threads(1)
-    small = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
+    small = render.thumbnail(rgb, OVERLAY)
     first = sheets[job.settings.maps[0]].shrunk(*small.shape[:2])
     files: Files = {"labels.png": labels.save_png(model.colours)}
     for name, sheet in sheets.items():
@@ -311,6 +332,8 @@ class _Sheet:
     def __init__(self, file: Path, H: int, W: int, dtype: np.dtype):
         self.file, self.H, self.W, self.dtype = file, H, W, dtype
         with open(file, "wb") as new:
+            if hasattr(os, "posix_fallocate"):  # a disk that is full says so here, and not by a bus error
+                os.posix_fallocate(new.fileno(), 0, H * W * dtype.itemsize)
             new.truncate(H * W * dtype.itemsize)
 
     def rows(self, rows: slice, mode: Literal["r", "r+"] = "r") -> np.memmap:
@@ -359,6 +382,6 @@ class _Sheet:
         picture = Image.frombuffer(mode, (self.W, self.H), self.rows(slice(0, self.H)), "raw", mode, 0, 1)
         if colours_C3 is not None:
             picture.putpalette(colours_C3.tobytes())
-        picture.save(target, compress_level=1, compress_type=zlib.Z_RLE)
+        picture.save(target, compress_level=1, compress_type=zlib.Z_RLE, bits=8 if mode == "P" else 16)
         self.file.unlink()
         return target

@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -206,20 +207,36 @@ def raw_logits(model: Model, input_13HW: Tensor) -> Tensor:
     return logits_Cab
 
 
+FORWARDS = threading.Lock()  # held while methods of a net's modules are replaced, or the net is copied
+
+
 class evaluating:
-    """Context in which a module is in eval mode; every flag is as before afterwards."""
+    """Context in which a module is in eval mode; every flag is as before afterwards. Nests, and threads share it: the first
+    one in notes the flags, the last one out sets them again."""
+
+    _inside: ClassVar[dict[int, tuple[int, list[nn.Module]]]] = {}
+    _lock = threading.Lock()
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def __enter__(self) -> None:
-        self.training = [part for part in self.module.modules() if part.training]
-        for part in self.training:
-            part.training = False
+        with self._lock:
+            count, training = self._inside.get(id(self.module), (0, []))
+            if not count:
+                training = [part for part in self.module.modules() if part.training]
+                for part in training:
+                    part.training = False
+            self._inside[id(self.module)] = count + 1, training
 
     def __exit__(self, *exception: object) -> None:
-        for part in self.training:
-            part.training = True
+        with self._lock:
+            count, training = self._inside.pop(id(self.module))
+            if count > 1:
+                self._inside[id(self.module)] = count - 1, training
+                return
+            for part in training:
+                part.training = True
 
 
 class _ApplyFirst:

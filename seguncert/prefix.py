@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seguncert.dropout import RANDOM, Masks, probe_input
-from seguncert.model import Model, ModelError, evaluating, net_logits
+from seguncert.model import FORWARDS, Model, ModelError, evaluating, net_logits
 
 Call = tuple[str, int]  # a module's name, and which of its calls in a pass
 
@@ -112,7 +112,6 @@ def _copy(value: Any) -> Any:
 
 _current = threading.local()
 _installed: Counter[int] = Counter()  # how many contexts hold the wrapper of a module, by its id
-_lock = threading.Lock()
 
 
 @contextmanager
@@ -131,7 +130,7 @@ def intercepting(net: nn.Module, names: set[str]) -> Iterator[None]:
 
 
 def _wrap(name: str, module: nn.Module) -> None:
-    with _lock:
+    with FORWARDS:
         _installed[id(module)] += 1
         if _installed[id(module)] > 1:
             return
@@ -147,7 +146,7 @@ def _wrap(name: str, module: nn.Module) -> None:
 
 
 def _unwrap(module: nn.Module) -> None:
-    with _lock:
+    with FORWARDS:
         _installed[id(module)] -= 1
         if _installed[id(module)] == 0:
             del _installed[id(module)]

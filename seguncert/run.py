@@ -90,6 +90,12 @@ class Settings:
     maps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("samples", "seed", "tile"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, str)):
+                raise ValueError(f"{name}: expected a whole number. Received: {value!r}")
+        if not isinstance(self.method, str):
+            raise ValueError(f"method: expected its name. Received: {self.method!r}")
         parts = maps_.parse_method(self.method)
         drawn = "mc-dropout" in parts
         if isinstance(self.samples, str) and self.samples != "auto":
@@ -102,6 +108,11 @@ class Settings:
             raise ValueError(f"drop-path: expected with it a method with mc-dropout. Received: {self.method!r}")
         if self.views is not None and "tta" not in parts:
             raise ValueError(f"views: expected with them the method tta. Received: {self.method!r}")
+        for name in ("samples", "seed"):
+            if not drawn and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name}: expected with it a method with mc-dropout. Received: {self.method!r}")
+        if self.samples != "auto" and self.max_error != type(self).max_error:
+            raise ValueError(f"max-error: expected with it samples auto. Received: {self.samples}")
         if self.seed < 0:
             raise ValueError(f"seed: expected 0 or more. Received: {self.seed}")
         if not 0 < self.max_error < 1:
@@ -170,11 +181,13 @@ def analyse(
         ModelError: the net gave values that are not finite, or has no dropout to sample.
         ValueError: unknown method, map or scale, or fewer than two samples.
     """
+    models = [model] if isinstance(model, Model) else list(model)
+    if not models or not all(isinstance(each, Model) for each in models):
+        raise ValueError(f"model: expected what load_model or wrap_model gives, or a list of such. Received: {model!r}")
     settings = Settings(
-        method, samples, seed, None if views is None else tuple(views), max_error, carry.keep if carry else None, drop_path,
+        method, samples, seed, chosen_views(views), max_error, carry.keep if carry else None, drop_path,
         scale, tile, () if maps is None else chosen_maps(maps),
     )  # fmt: skip
-    models = [model] if isinstance(model, Model) else list(model)
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
             f"image: expected a path, bytes or an RGB array. Received: {type(image).__name__}."
@@ -183,7 +196,7 @@ def analyse(
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"image: expected RGB of shape (H, W, 3), uint8. Received: {image.shape}, {image.dtype}.")
-        photo = Photo(image, "")
+        photo = Photo(np.ascontiguousarray(image), "")
     else:
         try:
             photo = read_image(image)
@@ -198,6 +211,13 @@ def analyse(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
         moments=moments if method != "none" else None, errors=errors, note=photo.note,
     )  # fmt: skip
+
+
+def chosen_views(views: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Their names; numbers are taken for scales."""
+    if isinstance(views, str):
+        raise ValueError(f"views: expected a list of names. Received: {views!r}")
+    return None if views is None else tuple(str(view) for view in views)
 
 
 def chosen_maps(maps: Sequence[str]) -> tuple[str, ...]:

@@ -99,17 +99,19 @@ class DropoutSampler(Sampler):
 
     def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
         """Add samples of the block to its moments."""
-        if "piece" not in look.kept:
-            piece = look.piece(self.model)
-            look.kept.update(piece=piece, value=net_input(self.model, piece.rgb))
-        if not self._add_linear(moments, look.kept, samples, seed):
-            self._add_passes(moments, look.kept, samples, seed)
+        piece, kept = look.piece(self.model), look.kept
+        if "value" not in kept:
+            kept["value"] = net_input(self.model, piece.rgb)
+        if not self._add_linear(moments, piece, kept, samples, seed):
+            self._add_passes(moments, piece, kept, samples, seed)
         moments.n += len(samples)
+        if not look.again:
+            kept.clear()
 
-    def _add_passes(self, moments: Moments, kept: dict[str, Any], samples: range, seed: int) -> None:
+    def _add_passes(self, moments: Moments, piece: Piece, kept: dict[str, Any], samples: range, seed: int) -> None:
         """A pass for each sample, sharing what is settled."""
-        piece, value, session = kept["piece"], kept["value"], kept.setdefault("session", Session(self.plan))
-        padded, n, waiting, full = (value.shape[2], value.shape[3]), moments.n, list[Tensor](), bool(self.plan.note)
+        value, session, full = kept["value"], kept.setdefault("session", Session(self.plan)), bool(self.plan.note)
+        padded, n, waiting, full = (value.shape[2], value.shape[3]), moments.n, list[Tensor](), kept.get("full", full)
         for sample in samples:
             session.begin(Masks(seed, [sample], piece.origin, padded), full)
             with in_session(session):  # logits that are coarser than the picture are resized where they are added
@@ -119,19 +121,21 @@ class DropoutSampler(Sampler):
             if len(waiting) == AT_ONCE or waiting[0].nbytes * (len(waiting) + 1) > HELD or sample == samples[-1]:
                 add_logits(moments, torch.stack(waiting), piece, padded, n)
                 n, waiting = n + len(waiting), []
+        kept["full"] = full
 
-    def _add_linear(self, moments: Moments, kept: dict[str, Any], samples: range, seed: int) -> bool:
+    def _add_linear(self, moments: Moments, piece: Piece, kept: dict[str, Any], samples: range, seed: int) -> bool:
         """One pass up to the dropout; from there all samples in one product. False, where the net is not so for this size."""
         tail = self.tail
-        if tail is None or (tail.resize is not None and not kept["piece"].same_scale) or not self._keep_features(kept):
+        if tail is None or (tail.resize is not None and not piece.same_scale) or not self._keep_features(kept):
             return False
         dropout = dict(self.model.module.named_modules())[tail.dropout]
         if not tail.channelwise:
-            self._add_products(moments, kept, samples, seed, tail, dropout)
+            self._add_products(moments, piece, kept, samples, seed, tail, dropout)
             return True
         ones_1K11 = torch.ones(1, tail.weight_CKij.shape[1], 1, 1)
         kept_SK = Masks(seed, samples).draw(dropout, ones_1K11)[0].flatten(1).numpy() > 0
-        features_KHW, (row_position, column_position) = kept["features"], kept["positions"]
+        features_KHW = kept["features"]
+        row_position, column_position = self._positions(piece, kept)
 
         def add(band: slice) -> None:
             for first in range(0, len(samples), AT_ONCE):
@@ -142,10 +146,11 @@ class DropoutSampler(Sampler):
         return True
 
     def _add_products(
-        self, moments: Moments, kept: dict[str, Any], samples: range, seed: int, tail: LinearTail, dropout: nn.Module
-    ) -> None:
+        self, moments: Moments, piece: Piece, kept: dict[str, Any], samples: range, seed: int, tail: LinearTail,
+        dropout: nn.Module,
+    ) -> None:  # fmt: skip
         """A product for each sample; logits that are coarser than the picture are resized where they are added."""
-        piece, padded = kept["piece"], (kept["value"].shape[2], kept["value"].shape[3])
+        padded = kept["value"].shape[2], kept["value"].shape[3]
         features_1KHW, n, waiting = kept["features"][None], moments.n, list[Tensor]()
         for sample in samples:
             masked_1KHW = Masks(seed, [sample], piece.origin, padded).apply(dropout, features_1KHW)
@@ -155,7 +160,7 @@ class DropoutSampler(Sampler):
                 n, waiting = n + len(waiting), []
 
     def _keep_features(self, kept: dict[str, Any]) -> bool:
-        """Make the features at the dropout, and find where in them the block lies; False if their size is unforeseen."""
+        """Make the features at the dropout, unless they are there; False if their size is unforeseen."""
         assert self.tail is not None
         if "features" not in kept:
             value: Tensor = kept["value"]
@@ -163,10 +168,14 @@ class DropoutSampler(Sampler):
             below, beside = features_KHW.shape[1:]
             if (below * self.tail.stride[0], beside * self.tail.stride[1]) != value.shape[2:]:
                 return False
-            padded = value.shape[2], value.shape[3]
-            kept["positions"] = kept["piece"].positions_in((below, beside), padded, bool(self.tail.resize))
             kept["features"] = features_KHW
         return True
+
+    def _positions(self, piece: Piece, kept: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Where among the logits before any resize the rows and columns of the block lie."""
+        (below, beside), (height, width) = kept["features"].shape[1:], kept["value"].shape[2:]
+        assert self.tail is not None
+        return piece.positions_in((below, beside), (height, width), bool(self.tail.resize))
 
 
 class SamplingFree(DropoutSampler):
@@ -195,11 +204,14 @@ class SamplingFree(DropoutSampler):
     def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
         """Add the limit, as one sample."""
         piece, tail, C = look.piece(self.model), self.tail, len(self.classes)
-        kept: dict[str, Any] = {"piece": piece, "value": net_input(self.model, piece.rgb)}
+        kept = look.kept
+        if "value" not in kept:
+            kept["value"] = net_input(self.model, piece.rgb)
         if tail is None or not self._keep_features(kept):
             raise ModelError(f"{self.model.name}: sampling-free: for this picture the net gives features of a size that was not"
                              " foreseen. Set the method to mc-dropout.")  # fmt: skip
-        features_KHW, (row_position, column_position) = kept["features"], kept["positions"]
+        features_KHW = kept["features"]
+        row_position, column_position = self._positions(piece, kept)
         limit = (
             moments
             if moments.n == 0
@@ -216,6 +228,8 @@ class SamplingFree(DropoutSampler):
         limit.n = 1
         if limit is not moments:
             moments.merge(limit)
+        if not look.again:
+            kept.clear()
 
     def _write(
         self, limit: Moments, features_KHW: Tensor, row_position: np.ndarray, column_position: np.ndarray
@@ -238,6 +252,8 @@ def add_logits(
     moments: Moments, logits_SCab: Tensor, piece: Piece, padded: tuple[int, int], n: int, align_corners: bool = False
 ) -> None:
     """Add the softmax of logits, wherever they are coarser than the block interpolated, to moments that hold `n`."""
+    if not torch.isfinite(logits_SCab.sum()):
+        raise ModelError("the net gave values that are not finite for this picture")
     a, b = logits_SCab.shape[2:]
     row_position, column_position = piece.positions_in((a, b), padded, align_corners)
 

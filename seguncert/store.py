@@ -154,7 +154,7 @@ class Store:
             self._keep(line)
 
     def _keep(self, line: dict[str, Any]) -> None:
-        self.lines[line["path"]] = {key: line.get(key) for key in ("status", "input", "files")}
+        self.lines[line["path"]] = {key: line.get(key) for key in ("status", "input", "files", "past")}
 
     def _read(self) -> Iterator[dict[str, Any]]:
         with open(self.out / "ledger.jsonl", "rb") as lines:
@@ -203,8 +203,11 @@ class Store:
         """Add a line for each attempt that a crash left over; how often each image was hit since its last end."""
         partial = self.out / ".partial"
         for attempt in sorted(partial.iterdir()) if partial.exists() else []:
-            if (attempt / "path").exists():
-                path = os.fsdecode((attempt / "path").read_bytes())
+            path = os.fsdecode((attempt / "path").read_bytes()) if (attempt / "path").exists() else ""
+            for each in attempt.iterdir():  # what was not finished may be what fills the disk; the name goes last
+                if each.name != "path":
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+            if path:
                 self._append({"path": path, "status": "interrupted"})
             shutil.rmtree(attempt)
         hits: dict[str, int] = {}

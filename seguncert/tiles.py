@@ -28,21 +28,20 @@ SIDE = 2048  # pixels at most of a side of a picture that a net is given whole
 TILE = 1280  # a side, that it is given of a larger one: what a net holds of them bounds the memory
 MARGIN = 160  # of them around each block, whose own results are not used
 LEAST = 512  # of what may be asked for in place of both
-FADE = 32  # pixels of the photo on either side of a block's edge in which it fades into its neighbour
-WHOLE, BLOCK = (
-    1 << 30,
-    256 << 20,
-)  # bytes of moments of a photo that is run as one block, and of a block of a larger one
+FADE = (
+    32  # pixels, of the photo or of the net if those are fewer, on either side of an edge that fades into its neighbour
+)
+WHOLE = 1 << 30  # bytes of moments of a photo that is one block
+BLOCK = 256 << 20  # of a block of another
 MOST = 4 << 30  # bytes of moments that are put together
 
 
 class Picture:
-    """A photo and, once they are asked for, its pixels at other sizes, and its mirror images."""
+    """A photo and, once they are asked for, its pixels at other sizes."""
 
     def __init__(self, rgb: UInt8[np.ndarray, "H W 3"]):
         self.rgb = rgb
         self._sizes: dict[tuple[int, int], np.ndarray] = {}
-        self._mirrored: dict[tuple[int, ...], Picture] = {}
 
     def at_size(self, h: int, w: int) -> UInt8[np.ndarray, "h w 3"]:
         """Resized; kept, since every block asks for it."""
@@ -52,83 +51,93 @@ class Picture:
             self._sizes[h, w] = resize_photo(self.rgb, h, w)
         return self._sizes[h, w]
 
-    def mirrored(self, axes: tuple[int, ...]) -> Picture:
-        """Reversed along rows (0), columns (1) or both."""
-        if axes not in self._mirrored:
-            self._mirrored[axes] = Picture(np.ascontiguousarray(np.flip(self.rgb, axes)))
-        return self._mirrored[axes]
-
 
 @dataclass(frozen=True)
 class Piece:
     """What a net is given of a block: pixels at its scale, and where they begin in the whole.
 
     `row_position` and `column_position` say where the block's rows and columns lie among them; `same_scale` says that the
-    photo was not resized for the net.
+    photo was not resized for the net. `whole` is the size of the whole, padded.
     """
 
     rgb: UInt8[np.ndarray, "h w 3"]
     row_position: np.ndarray
     column_position: np.ndarray
     origin: tuple[int, int]
+    whole: tuple[int, int]
     same_scale: bool
 
     def positions_in(
         self, shape: tuple[int, int], padded: tuple[int, int], align_corners: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where rows and columns lie in a map of `shape` that covers the padded pixels."""
-        row_position, column_position = self.row_position, self.column_position
-        if shape[0] != padded[0]:
-            row_position = positions(shape[0], padded[0], align_corners, row_position)
-        if shape[1] != padded[1]:
-            column_position = positions(shape[1], padded[1], align_corners, column_position)
-        return row_position, column_position
+        lines = zip((self.row_position, self.column_position), shape, padded, self.origin, self.whole, strict=True)
+        rows, columns = (_position_in(*line, align_corners) for line in lines)
+        return rows, columns
 
 
 @dataclass(frozen=True)
 class Look:
-    """A block of a photo, and by how much it is resized for a net: `scale` as the user says it, times `zoom`."""
+    """A block of a photo, and how a net sees it: mirrored along `axes`, and resized by `scale` as the user says it, times
+    `zoom`. If `entire`, the net is given the whole photo for it.
+
+    `kept` is what samplers made of what the net is given; with `again` they are asked for more samples of the same.
+    """
 
     picture: Picture
     rows: slice
     columns: slice
     scale: str | float = "auto"
     zoom: float = 1.0
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what samplers made of it, for the next samples
+    axes: tuple[int, ...] = ()
+    entire: bool = False
+    again: bool = False
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def piece(self, model: Model) -> Piece:
         """What `model` is given for it."""
         H, W = self.picture.rgb.shape[:2]
         factor = scale_factor(model, H, W, self.scale) * self.zoom
         h, w = max(1, round(factor * H)), max(1, round(factor * W))
-        rgb = self.picture.at_size(h, w)
-        row_position, first_row, last_row = _around(self.rows, H, h, model.divisor)
-        column_position, first_column, last_column = _around(self.columns, W, w, model.divisor)
-        part = np.ascontiguousarray(rgb[first_row:last_row, first_column:last_column])
+        resized = self.picture.at_size(h, w)
+        rgb = np.flip(resized, self.axes) if self.axes else resized
+        row_position, first_row, last_row = self._around(self.rows, H, h, model.divisor)
+        column_position, first_column, last_column = self._around(self.columns, W, w, model.divisor)
         return Piece(
-            part,
+            np.ascontiguousarray(rgb[first_row:last_row, first_column:last_column]),
             row_position - first_row,
             column_position - first_column,
             (first_row, first_column),
-            rgb is self.picture.rgb,
+            (-h // model.divisor * -model.divisor, -w // model.divisor * -model.divisor),
+            resized is self.picture.rgb,
         )
 
-    def mirrored(self, axes: tuple[int, ...]) -> Look:
-        """The same block in the mirror image."""
+    def _around(self, block: slice, size: int, length: int, divisor: int) -> tuple[np.ndarray, int, int]:
+        """Where the pixels of a block lie in the resized line, and the part of that line that the net is given."""
+        position = positions(length, size)[block]
+        if self.entire or block == slice(0, size):
+            return position, 0, length
+        first = max(0, int(position[0]) - MARGIN) // divisor * divisor
+        return position, first, min(length, int(position[-1]) + 2 + MARGIN)
+
+    def seen(self, axes: tuple[int, ...], zoom: float, kept: dict[Any, Any]) -> Look:
+        """The same block in the mirror image, at another scale."""
         H, W = self.picture.rgb.shape[:2]
         rows = slice(H - self.rows.stop, H - self.rows.start) if 0 in axes else self.rows
         columns = slice(W - self.columns.stop, W - self.columns.start) if 1 in axes else self.columns
-        picture = self.picture.mirrored(axes) if axes else self.picture
-        return replace(self, picture=picture, rows=rows, columns=columns, kept={})
+        return replace(self, rows=rows, columns=columns, axes=axes, zoom=self.zoom * zoom, kept=kept)
 
 
-def _around(block: slice, size: int, length: int, divisor: int) -> tuple[np.ndarray, int, int]:
-    """Where the pixels of a block lie in the resized line, and the part of that line that the net is given."""
-    position = positions(length, size)[block]
-    if block == slice(0, size):
-        return position, 0, length
-    first = max(0, int(position[0]) - MARGIN) // divisor * divisor
-    return position, first, min(length, int(position[-1]) + 2 + MARGIN)
+def _position_in(
+    position: np.ndarray, length: int, padded: int, origin: int, whole: int, align_corners: bool
+) -> np.ndarray:
+    """Where places of a piece lie in its line of `length`: aligned by the corners of the whole, not of the piece."""
+    if length == padded:
+        return position
+    if not align_corners or (not origin and padded == whole):
+        return positions(length, padded, align_corners, position)
+    before = origin * length / padded
+    return np.clip(positions(whole * length // padded, whole, True, position + origin) - before, 0, length - 1)
 
 
 class Sampler:
@@ -170,11 +179,7 @@ class Sampler:
         ValueError for fewer than 2 samples.
         """
         H, W, C = *rgb.shape[:2], len(self.classes)
-        if 4 * (2 * C + 1) * H * W > MOST:
-            raise ModelError(
-                f"the moments of {C} classes at {W}x{H} pixels take {4 * (2 * C + 1) * H * W / 2**30:.1f} GiB."
-                f" Expected at most {MOST / 2**30:.0f}. `seguncert export` writes maps of such pictures block by block."
-            )
+        self._check_bytes(H, W)
         whole = None
         for rows, columns, moments in self.blocks(rgb, samples, seed, scale, tile):
             if moments.entropy_HW.shape == (H, W):
@@ -196,15 +201,26 @@ class Sampler:
         if self.drawn and samples < 2:
             raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {samples}")
         H, W, picture = *rgb.shape[:2], Picture(rgb)
-        factor, each = self.largest(H, W, scale), 4 * (2 * len(self.classes) + 1)
-        step = math.inf
-        if not fits(H, W, factor, tile) or each * H * W > WHOLE:
-            step = max(4.0 * FADE, min(((tile or TILE) - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * FADE)
+        factor, each = self.largest(H, W, scale), moments_bytes(len(self.classes), H, W) / (H * W)
+        entire, step, fade = fits(H, W, factor, tile), math.inf, max(1, round(FADE / max(1.0, factor)))
+        if not entire:
+            step = min(((tile or TILE) - 2 * MARGIN) / factor, math.sqrt(BLOCK / each)) - 2 * fade
+        elif each * H * W > WHOLE:
+            step = math.sqrt(BLOCK / each)
+        kept: dict[Any, Any] = {}
 
         def predict(rows: slice, columns: slice) -> Moments:
-            return self._draw(Look(picture, rows, columns, scale), range(samples), seed)
+            look = Look(picture, rows, columns, scale, entire=entire, again=entire and step < math.inf and self.alike)
+            return self._draw(replace(look, kept=kept) if entire else look, range(samples), seed)
 
-        yield from blended(H, W, step, predict)
+        yield from blended(H, W, max(4.0 * fade, step), predict, 0 if entire else fade)
+
+    def _check_bytes(self, H: int, W: int) -> None:
+        if moments_bytes(len(self.classes), H, W) > MOST:
+            raise ModelError(
+                f"the moments of {len(self.classes)} classes at {W}x{H} pixels take {moments_bytes(len(self.classes), H, W) / 2**30:.1f} GiB."
+                f" Expected at most {MOST / 2**30:.0f}. `seguncert export` writes maps of such pictures block by block."
+            )
 
     def batches(
         self,
@@ -219,7 +235,8 @@ class Sampler:
         if not fits(H, W, self.largest(H, W, scale), tile):
             raise ModelError(f"samples auto: expected a picture that is run whole, at most {tile or SIDE} pixels a side."
                              f" Received: {W}x{H} at scale {scale}. Set a number of samples.")  # fmt: skip
-        look = Look(Picture(rgb), slice(0, H), slice(0, W), scale)
+        self._check_bytes(H, W)
+        look = Look(Picture(rgb), slice(0, H), slice(0, W), scale, entire=True, again=True)
         for first in itertools.count(0, size):
             yield self._draw(look, range(first, first + size), seed)
 
@@ -233,62 +250,67 @@ class Sampler:
         return moments
 
 
+def moments_bytes(C: int, H: int, W: int) -> int:
+    """Of the moments of a photo of H × W pixels."""
+    return 4 * (2 * C + 1) * H * W
+
+
 def fits(H: int, W: int, factor: float, tile: int | None = None) -> bool:
     """Whether a net is given a photo of H × W pixels whole; None is `SIDE`."""
     return factor * max(H, W) <= (tile or SIDE) + 0.5
 
 
 def blended(
-    H: int, W: int, step: float, predict: Callable[[slice, slice], Moments]
+    H: int, W: int, step: float, predict: Callable[[slice, slice], Moments], fade: int = FADE
 ) -> Iterator[tuple[slice, slice, Moments]]:
-    """Moments of blocks about `step` pixels wide, each faded into its neighbours over 2 · `FADE` pixels.
+    """Moments of blocks about `step` pixels wide, each faded into its neighbours over 2 · `fade` pixels.
 
     Held besides the block under way are the strips that it shares with the one before it and with those above.
     """
     above: list[tuple[slice, Moments]] = []
-    for rows in _ranges(H, step):
+    for rows in _ranges(H, step, fade):
         left, below = None, []
-        for columns in _ranges(W, step):
+        for columns in _ranges(W, step, fade):
             moments = predict(rows, columns)
-            _fade(moments, 1, rows, H)
-            _fade(moments, 2, columns, W)
+            _fade(moments, 1, rows, H, fade)
+            _fade(moments, 2, columns, W, fade)
             if left is not None:
-                moments.at(columns=slice(0, 2 * FADE)).plus(left)
+                moments.at(columns=slice(0, 2 * fade)).plus(left)
             stop = columns.stop
-            if stop < W:
-                stop -= 2 * FADE
+            if stop < W and fade:
+                stop -= 2 * fade
                 left = moments.at(columns=slice(stop - columns.start, None)).copy()
             done, width = slice(columns.start, stop), stop - columns.start
             moments = moments.at(columns=slice(0, width))
             for place, strip in above:
                 if place == done:
-                    moments.at(rows=slice(0, 2 * FADE)).plus(strip)
+                    moments.at(rows=slice(0, 2 * fade)).plus(strip)
             last = rows.stop
-            if last < H:
-                last -= 2 * FADE
+            if last < H and fade:
+                last -= 2 * fade
                 below.append((done, moments.at(rows=slice(last - rows.start, None)).copy()))
             yield slice(rows.start, last), done, moments.at(rows=slice(0, last - rows.start))
         above = below
 
 
-def _ranges(length: int, step: float) -> list[slice]:
-    """Ranges of about the same length that cover a line and overlap by 2 · `FADE`."""
+def _ranges(length: int, step: float, fade: int) -> list[slice]:
+    """Ranges of about the same length that cover a line and overlap by 2 · `fade`."""
     count = max(1, math.ceil(length / step))
     edges = [round(length * k / count) for k in range(count + 1)]
     return [
-        slice(max(0, start - FADE) if start else 0, stop + FADE if stop < length else length)
+        slice(start - fade if start else 0, stop + fade if stop < length else length)
         for start, stop in itertools.pairwise(edges)
     ]
 
 
-def _fade(moments: Moments, axis: int, block: slice, length: int) -> None:
+def _fade(moments: Moments, axis: int, block: slice, length: int, fade: int) -> None:
     """Multiply the ends that a neighbour shares by weights that add up to 1 with the neighbour's."""
-    if block.start == 0 and block.stop == length:
+    if not fade or (block.start == 0 and block.stop == length):
         return
     weight = torch.ones(block.stop - block.start)
-    ramp = (torch.arange(2 * FADE) + 0.5) / (2 * FADE)
+    ramp = (torch.arange(2 * fade) + 0.5) / (2 * fade)
     if block.start > 0:
-        weight[: 2 * FADE] = ramp
+        weight[: 2 * fade] = ramp
     if block.stop < length:
-        weight[-2 * FADE :] = ramp.flip(0)
+        weight[-2 * fade :] = ramp.flip(0)
     moments.weigh(weight.view(-1, 1) if axis == 1 else weight)

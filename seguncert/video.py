@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, UInt8
 from seguncert.moments import Moments
 
 DIFFERENT = 24.0  # of 255: mean difference of a pixel's colours from which it is not the same thing
+LONGEST = 32_766  # pixels a side that cv2.remap takes
 FLOW = cv2.DISOPTICAL_FLOW_PRESET_FAST
 
 
@@ -34,11 +35,15 @@ class Carry:
 
     def blend(self, rgb: UInt8[np.ndarray, "h w 3"], moments: Moments) -> Moments:
         """The moments of the next frame, with those before in them. A frame of another size begins anew."""
+        if max(rgb.shape) > LONGEST:
+            raise ValueError(
+                f"carry: expected frames of at most {LONGEST} pixels a side. Received: {rgb.shape[1]}x{rgb.shape[0]}"
+            )
         if self.rgb is not None and self.moments is not None and self.rgb.shape == rgb.shape:
             places_HW2 = _where_from(self.rgb, rgb)
             keep_HW = torch.from_numpy(self.keep * _same(self.rgb, rgb, places_HW2))
             moments = mix(warp(self.moments, places_HW2), moments, keep_HW)
-        self.rgb, self.moments = rgb, moments
+        self.rgb, self.moments = rgb.copy(), moments  # a reader may write the next frame where this one was
         return moments
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from seguncert.maps import parse_method
@@ -102,9 +102,7 @@ class Together(Sampler):
         for number, view in enumerate(self.views):
             first = samples.start * len(self.views) + number * len(samples)
             own = range(first, first + len(samples))
-            if number not in look.kept:
-                look.kept[number] = replace(look.mirrored(view.axes), zoom=look.zoom * view.zoom)
-            seen = look.kept[number]
+            seen = look.seen(view.axes, view.zoom, look.kept.setdefault(number, {}))
             if not view.axes:
                 view.sampler.add(moments, seen, own, seed)
                 continue
@@ -127,7 +125,7 @@ def make_sampler(
     Args:
         models: one, or for an ensemble several of the same classes.
         views: of tta: flip (left and right), flip-vertical, and factors of the scale, of which each is combined with
-            each. None is flip and `ZOOMS` for a model with a frame, both flips for one without.
+            each. None is flip and `ZOOMS` if the first model has a frame, else both flips.
         drop_path: whether mc-dropout takes timm's stochastic depth for dropout.
         streams: how many threads will use it at once.
 
@@ -144,8 +142,12 @@ def make_sampler(
         if model.classes != models[0].classes:
             raise ModelError(f"{model.name}: expected the classes of {models[0].name}: {', '.join(models[0].classes)}."
                              f" Received: {', '.join(model.classes)}")  # fmt: skip
+    if len({model.sha256 for model in models}) < len(models):
+        raise ValueError(f"model: expected several different ones. Received: {', '.join(model.name for model in models)},"
+                         " of which two have the same weights")  # fmt: skip
     if views is not None and "tta" not in parts:
         raise ValueError(f"views: expected with them the method tta. Received: {method!r}")
+    seen = _views(models[0], views) if "tta" in parts else [((), 1.0)]
     found = []
     for model in models:
         sampler: Sampler
@@ -155,7 +157,7 @@ def make_sampler(
             sampler = SamplingFree(model, backend=backend, precision=precision, streams=streams)
         else:
             sampler = OnePass(*on_backend(model, backend, precision, streams))
-        found += [View(sampler, *each) for each in (_views(model, views) if "tta" in parts else [((), 1.0)])]
+        found += [View(sampler, *each) for each in seen]
     return found[0].sampler if len(found) == 1 else Together(found)
 
 

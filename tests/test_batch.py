@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from conftest import CARD, CONFIG
 from PIL import Image
 from torch import nn
 
@@ -24,7 +26,7 @@ from hostile import make_hostile
 from seguncert import batch, job, tiles
 from seguncert.batch import export, list_images
 from seguncert.image import ImageError
-from seguncert.model import wrap_model
+from seguncert.model import build_net, save_model, wrap_model
 
 KILLS = int(os.environ.get("SEGUNCERT_KILLS", "4"))
 
@@ -282,7 +284,7 @@ def test_an_image_that_changed_while_the_run_was_stopped_is_not_in_the_table(
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "_work", interrupt)
+    monkeypatch.setattr(batch._Work, "all", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(source, out, small_model)
     assert set(rows_of(out)) == set(os.listdir(source)) - {first, second}
@@ -432,18 +434,21 @@ def test_a_net_without_dropout_is_one_line(pictures, small_model, tmp_path):
 )
 def test_other_ways_to_draw_predictions(method, more, pictures, small_model, tmp_path):
     insert = {"segmentation_head": 0.3} if "mc-dropout" in method else None
-    spec = [small_model, small_model] if method == "ensemble" else small_model
-    assert export(pictures, tmp_path, spec, device="cpu", method=method, insert_dropout=insert, **more).done == 24
-    run, rows = json.loads((tmp_path / "run.json").read_text()), rows_of(tmp_path)
+    spec = [small_model] if method != "ensemble" else [small_model, tmp_path / "other"]
+    torch.manual_seed(1)
+    save_model(tmp_path / "other", build_net(CONFIG), CONFIG, CARD)
+    out = tmp_path / "out"
+    assert export(pictures, out, spec, device="cpu", method=method, insert_dropout=insert, **more).done == 24
+    run, rows = json.loads((out / "run.json").read_text()), rows_of(out)
     assert run["method"] == method and len(run.get("views", run.get("nets", []))) > 1
     path = list(rows)[4]
-    loaded = [seguncert.load_model(small_model, "cpu", insert) for _ in range(1 + (method == "ensemble"))]
+    loaded = [seguncert.load_model(each, "cpu", insert) for each in spec]
     result = seguncert.analyse(loaded, pictures / path, method=method, **more)
     assert "confidence_error" not in rows[path] and not result.errors, "views are no random draws"
     for name, map_HW in result.maps.items():
-        stored = cv2.imread(str(tmp_path / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+        stored = cv2.imread(str(out / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
         assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
-    assert method == "ensemble" or result.maps["variance"].max() > 1e-3
+    assert result.maps["variance"].max() > 1e-3
 
 
 def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
@@ -477,8 +482,8 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
     source.mkdir()
     rgb = cv2.resize(cv2.imread(str(next(pictures.rglob("*.png")))), (610, 433), interpolation=cv2.INTER_CUBIC)
     cv2.imwrite(str(source / "large.png"), rgb)
-    settings = {"method": method, "samples": 4, "format": format, "device": "cpu", "scale": "native"}
-    settings |= {"insert_dropout": {"segmentation_head": 0.3}} if method != "none" else {}
+    settings = {"method": method, "format": format, "device": "cpu", "scale": "native"}
+    settings |= {"insert_dropout": {"segmentation_head": 0.3}, "samples": 4} if method != "none" else {}
     export(source, tmp_path / "whole", small_model, **settings)
     monkeypatch.setattr(job, "LARGE", 1000)
     monkeypatch.setattr(tiles, "WHOLE", 1000)
@@ -516,11 +521,15 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
         ({"samples": "auto"}, "samples auto: expected a method with mc-dropout. Received: 'none'"),
         ({"method": "tta", "views": ["spin"]}, "views: expected flip, flip-vertical, or factors"),
         ({"views": ["flip"]}, "views: expected with them the method tta. Received: 'none'"),
-        ({"method": "mc-dropout", "max_error": 2.0}, "max-error: expected a share of full scale between 0 and 1. Received: 2.0"),
+        ({"method": "mc-dropout", "samples": "auto", "max_error": 2.0}, "max-error: expected a share of full scale between 0 and 1. Received: 2.0"),
         ({"drop_path": True}, "drop-path: expected with it a method with mc-dropout. Received: 'none'"),
         ({"carry": 1.0}, "carry: expected a share between 0 and 1. Received: 1.0"),
         ({"tile": 100}, "tile: expected auto, or pixels a side, 512 or more. Received: 100"),
         ({"maps": []}, "maps: expected one or more of"),
+        ({"seed": 7}, "seed: expected with it a method with mc-dropout. Received: 'none'"),
+        ({"method": "tta", "samples": 7}, "samples: expected with it a method with mc-dropout. Received: 'tta'"),
+        ({"method": "mc-dropout", "max_error": 0.1}, "max-error: expected with it samples auto. Received: 20"),
+        ({"method": "tta", "views": "flip"}, "views: expected a list of names. Received: 'flip'"),
         ({"method": "ensemble"}, "method: expected ensemble with several models"),
         ({"insert_dropout": {"encoder": 0.1}}, "insert-dropout: expected with it the method mc-dropout or sampling-free. Received: none"),
     ],
@@ -566,3 +575,30 @@ def test_frames_of_a_video_carry_their_past_also_over_a_break(pictures, small_mo
         export(source, tmp_path / "cut", small_model, progress=stop_after_three, **settings | {"workers": 1})
     assert export(source, tmp_path / "cut", small_model, **settings).before >= 3
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    good = (source / "a" / "frame 9.png").read_bytes()
+    (source / "a" / "frame 9.png").write_bytes(good[:200])
+    assert export(source, tmp_path / "cut", small_model, **settings).failed == 1
+    seen = [row["status"] for row in rows_of(tmp_path / "cut").values()]
+    assert seen == ["ok", "ok", "ok", "failed"] + 4 * ["ok"], "by name, 10 and 11 come first"
+    again = export(source, tmp_path / "cut", small_model, **settings)
+    assert (again.done, again.failed) == (7, 1)
+    (source / "a" / "frame 9.png").write_bytes(good)
+    assert export(source, tmp_path / "cut", small_model, **settings).done == 8
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole"), "frames after a mended one are done again"
+
+
+def test_a_frame_that_kills_the_process_is_passed_over(pictures, small_model, tmp_path, monkeypatch):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(4):
+        (source / f"f{number}.jpg").write_bytes(next(pictures.rglob("*.jpg")).read_bytes())
+    settings = {"carry": 0.5, "device": "cpu"}
+    export(source, out, small_model, **settings)
+    (source / "f1.jpg").write_bytes(sorted(pictures.rglob("*.jpg"))[3].read_bytes())
+    ledger = out / "ledger.jsonl"
+    with open(ledger, "a") as lines:
+        lines.writelines(json.dumps({"path": "f1.jpg", "status": "interrupted"}) + "\n" for _ in range(batch.CRASHES))
+    monkeypatch.setattr(batch, "_process_alone", _die)
+    result = export(source, out, small_model, **settings)
+    assert (result.done, result.failed) == (3, 1)
+    assert rows_of(out)["f1.jpg"]["error"].startswith("the process died 3 times on this image")

@@ -1,5 +1,6 @@
 """MC dropout on a photo: the linear tail, shared passes and full passes agree; tiles do not show; nothing is silent."""
 
+import copy
 import re
 import threading
 
@@ -12,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import seguncert
+from seguncert import tiles
 from seguncert.dropout import Masks
 from seguncert.model import ModelError, net_logits, put_dropout, wrap_model
 from seguncert.moments import Moments
@@ -342,3 +344,73 @@ def test_a_net_without_dropout_is_an_error_that_names_the_choices(photo):
 def test_wrong_settings(settings, message, photo):
     with pytest.raises(ValueError, match=re.escape(message)):
         seguncert.analyse(wrap(unet()), photo, **settings)
+
+
+def test_batches_of_a_photo_that_makes_the_net_draw_more_than_foreseen():
+    torch.manual_seed(0)
+    sampler = DropoutSampler(wrap(CallsMore().eval()))
+    rgb = np.random.default_rng(1).integers(0, 256, (64, 256, 3), dtype=np.uint8)
+    merged, batches = Moments.empty(3, 64, 256), sampler.batches(rgb, 3)
+    for _ in range(4):
+        merged.merge(next(batches))
+    assert_same(merged, full_passes(sampler, rgb, 12, 0), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["none", "tta"])
+def test_a_logit_of_minus_infinity_is_an_error(method, photo):
+    class Never(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[:, :1], torch.full_like(x[:, :1], -torch.inf if x.shape[-1] > 64 else 0.0)], 1)
+
+    with pytest.raises(ModelError, match="not finite"):
+        seguncert.analyse(wrap(Never(), 2), photo, method=method)
+
+
+def test_many_threads_may_analyse_with_one_net_in_training_mode(photo):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 1))
+    model = wrap(net.train())
+    expected = seguncert.analyse(model, photo, method="mc-dropout", samples=4).maps["confidence"]
+    mean, found = net[1].running_mean.clone(), []
+
+    def run():
+        for _ in range(6):
+            found.append(seguncert.analyse(model, photo, method="mc-dropout", samples=4).maps["confidence"])
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(found) == 18 and all(np.allclose(each, expected, atol=1e-5) for each in found)
+    assert torch.equal(net[1].running_mean, mean) and all(module.training for module in net.modules())
+
+
+def test_corners_are_those_of_the_whole(monkeypatch):
+    monkeypatch.setattr(tiles, "MARGIN", 64)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 8, stride=8), nn.Dropout2d(0.4), nn.Conv2d(8, 3, 1), nn.UpsamplingBilinear2d(scale_factor=8)
+    )
+    sampler = DropoutSampler(wrap(net.eval()))
+    rgb = cv2.resize(
+        np.random.default_rng(0).integers(0, 256, (9, 90, 3), dtype=np.uint8), (900, 90), interpolation=cv2.INTER_CUBIC
+    )
+    whole, cut = sampler.moments(rgb, 3), sampler.moments(rgb, 3, tile=256)
+    assert sampler.tail and sampler.tail.resize
+    assert_same(cut, whole, 1e-4)
+
+
+def test_a_photo_that_the_net_sees_whole_is_cut_for_its_moments_alone(photo, monkeypatch):
+    big = cv2.resize(photo, (300, 260), interpolation=cv2.INTER_CUBIC)
+    for model in (wrap(unet()), wrap(unet("decoder.blocks.2")), wrap(fpn())):
+        sampler = DropoutSampler(model)
+        whole = sampler.moments(big, 3, scale=0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "WHOLE", 1000)
+            patch.setattr(tiles, "BLOCK", 4 * 7 * 150**2)
+            assert len(list(sampler.blocks(big, 3, scale=0.5))) == 4
+            assert_same(sampler.moments(big, 3, scale=0.5), whole, 1e-6)
+
+
+def test_a_copy_of_a_net_made_in_inference_mode(photo):
+    with torch.inference_mode():
+        model = wrap(copy.deepcopy(unet()))
+    assert DropoutSampler(model).moments(photo, 2).n == 2

@@ -105,7 +105,7 @@ def test_what_a_photo_holds_is_bounded_by_blocks(monkeypatch):
     monkeypatch.setattr(tiles, "WHOLE", 1 << 20)
     monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
     blocks = list(sampler.blocks(rgb, scale="native"))
-    assert len(blocks) > 6
+    assert len(blocks) >= 6
     assert max(moments.entropy_HW.numel() for _, _, moments in blocks) <= 250**2
     assert (sampler.moments(rgb, scale="native").mean_CHW - whole.mean_CHW).abs().max() < 1e-4
 

@@ -77,3 +77,13 @@ def test_a_frame_of_another_size_begins_anew():
     carry.blend(scene(), of(scene()))
     small = np.ascontiguousarray(scene()[:50])
     assert torch.equal(carry.blend(small, of(small)).mean_CHW, of(small).mean_CHW)
+
+
+def test_a_buffer_that_is_used_again_is_not_the_frame_before():
+    buffer, carry = scene().copy(), Carry(0.5)
+    first = carry.blend(buffer, of(scene()))
+    buffer[:] = scene(7)
+    second = carry.blend(buffer, of(scene(7)))
+    fresh = Carry(0.5)
+    fresh.blend(scene(), first)
+    assert torch.equal(second.mean_CHW, fresh.blend(scene(7), of(scene(7))).mean_CHW)

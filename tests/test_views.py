@@ -132,12 +132,13 @@ def test_more_samples_go_on_where_the_last_ended(photo):
         (1, "mc-dropout", ["flip"], ValueError, "views: expected with them the method tta. Received: 'mc-dropout'"),
         (1, "tta", ["turn"], ValueError, "views: expected flip, flip-vertical, or factors of the scale from 0.1 to 10. Received: 'turn'"),
         (1, "tta", ["0.5", "0.5"], ValueError, "views: expected each once, and one at least. Received: 0.5, 0.5"),
+        (-2, "ensemble", None, ValueError, "model: expected several different ones. Received: net, net, of which two have the same weights"),
         (1, "tta", [], ValueError, "views: expected each once, and one at least. Received: none"),
     ],
 )  # fmt: skip
 def test_wrong_settings(count, method, views, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        make_sampler([model(seed) for seed in range(count)], method, views)
+        make_sampler([model(seed) for seed in range(count)] or [model(), model()], method, views)
 
 
 def test_nets_of_other_classes_are_no_ensemble():
