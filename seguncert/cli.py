@@ -139,7 +139,7 @@ def export(
     ] = None,
     scale: ScaleOption = "auto",
     tile: Annotated[
-        str, typer.Option(help="pixels a side that a net is given at once; auto: 2048, or 1280 of larger pictures")
+        str, typer.Option(help="pixels a side that a net is given at once; auto: 2048, or 896 of larger pictures")
     ] = "auto",
     format: Annotated[Format, typer.Option(help="of the maps")] = Format.png16,
     workers: Annotated[

@@ -26,6 +26,9 @@ and E σ(l), Var σ(l) and E[−σ(l) ln σ(l)] are weighted sums over the nodes
 variance is at most p̄_c (1 − p̄_c). Expected entropy is H[p̄] − Σ_c (−E σ ln E σ − E[−σ ln σ]): no term of the sum is
 negative, so nor is mutual information.
 
+It is an expansion around μ, and good where the logits spread by a nat or two, as they do in nets trained with dropout. Where
+single channels move them by many nats, or many classes compete within a wide spread, mean and variance are off: sample.
+
 Between lines and columns the logits are interpolated, hence G_k is; a convolution of interpolated features gives it
 exactly, once a pixel of the photo.
 """

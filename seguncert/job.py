@@ -7,6 +7,7 @@ the photo itself and one block.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import platform
@@ -238,6 +239,7 @@ def _in_blocks(
             sheets[name].put(rows, columns, np.rint(map_RW * 65535) if stored.kind == "u" else map_RW)
         for name in errors:
             sums[_error(name)].add(moments.standard_error_HW().numpy())
+        _give_back()
 
     torch.set_num_threads(1)
     small = render.thumbnail(rgb, OVERLAY)
@@ -248,6 +250,14 @@ def _in_blocks(
         files[name + suffix] = file
     files["overlay.jpg"] = _overlay(small, first, job.settings.maps[0], len(model.classes))
     return _told(job, sums, None), files
+
+
+def _give_back() -> None:
+    """Memory that was freed, to the system: the allocator of glibc keeps some for each thread that there ever was."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another allocator
+        pass
 
 
 def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:

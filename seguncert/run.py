@@ -174,7 +174,7 @@ def analyse(
         drop_path: whether timm's stochastic depth is dropout too.
         maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
             and variance.
-        tile: pixels a side that a net is given at once; auto is 2,048, or 1,280 of larger pictures.
+        tile: pixels a side that a net is given at once; auto is 2,048, or 896 of larger pictures.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.

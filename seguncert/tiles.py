@@ -25,8 +25,8 @@ from seguncert.moments import Moments
 from seguncert.predict import positions, resize_photo, scale_factor
 
 SIDE = 2048  # pixels at most of a side of a picture that a net is given whole
-TILE = 1280  # a side, that it is given of a larger one: what a net holds of them bounds the memory
-MARGIN = 160  # of them around each block, whose own results are not used
+TILE = 896  # a side, that it is given of a larger one: what a net holds of them bounds the memory
+MARGIN = 128  # of them around each block, whose own results are not used
 LEAST = 512  # of what may be asked for in place of both
 FADE = (
     32  # pixels, of the photo or of the net if those are fewer, on either side of an edge that fades into its neighbour
