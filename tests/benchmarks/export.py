@@ -27,10 +27,11 @@ import cv2
 import torch
 
 from seguncert import predict
-from seguncert.batch import _cores, export, list_images
+from seguncert.batch import export, list_images
 from seguncert.image import read_image
+from seguncert.job import available_cores
 from seguncert.model import Model, load_model, net_logits
-from seguncert.run import DEFAULT_MAPS, describe_photo
+from seguncert.run import OF_ONE_PASS, describe_photo
 
 
 def caught(model: Model, rgb) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +66,7 @@ def one_core_each(model: Model, pictures: list[torch.Tensor]) -> None:
         with torch.inference_mode():
             net_logits(model, picture)
 
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(run, pictures))
 
 
@@ -88,7 +89,7 @@ def measure_speed(model: Model, images: Path, rounds: int) -> None:
             times[name].append(clock(way))
     speeds = {name: len(pictures) / median(values) for name, values in times.items()}
     print(
-        f"{len(pictures)} pictures of {images}, net input {tuple(pictures[0].shape)}, {_cores()} cores, {rounds} rounds"
+        f"{len(pictures)} pictures of {images}, net input {tuple(pictures[0].shape)}, {available_cores()} cores, {rounds} rounds"
     )
     for name, values in times.items():
         print(f"  {name:26} {speeds[name]:6.2f} images/s   (rounds {', '.join(f'{value:.1f}' for value in values)} s)")
@@ -109,7 +110,7 @@ def measure_maps(model: Model, images: Path, rounds: int) -> None:
         started = time.perf_counter()
         output = net_logits(model, picture)
         between = time.perf_counter()
-        describe_photo(predict.planes(output[:, :h, :w]), None, H, W, DEFAULT_MAPS["none"])
+        describe_photo(predict.planes(output[:, :h, :w]), None, H, W, OF_ONE_PASS)
         times["net"].append(between - started)
         times["maps"].append(time.perf_counter() - between)
     net, maps = median(times["net"]), median(times["maps"])

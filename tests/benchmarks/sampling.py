@@ -9,7 +9,8 @@ sampled   photo in, moments of all samples at its own size out, on torch in fp32
 fastest   the same on the backend that `auto` takes (OpenVINO, if it is installed)
 full      the same by full passes and the plain sums, for comparison (--full)
 --agree   instead: how far the confidence of `street` on each engine is from torch in fp32, on a folder of photos
-memory    growth of the process's peak while it runs, MiB: forward, sampled, and with ten times as many samples
+memory    growth of the process's peak while it runs, MiB: forward, sampled, and with ten times as many samples; once with
+          what the process holds from the runs before, and once after that was given back to the system
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def growth(function: Callable[[], object]) -> float:
+def growth(function: Callable[[], object], trim: bool) -> float:
     """MiB by which the peak of the process's memory rises above what it holds before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is seen when it is taken again
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is seen when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = status("VmRSS")
     function()
@@ -115,14 +117,12 @@ def measure(name: str, model: Model, rgb: np.ndarray, samples: int, rounds: int,
             times[way].append(clock(function))
     forward = median(times["forward"])
     ratios = {way: median(each) / forward for way, each in times.items()}
-    memory = [
-        growth(each)
-        for each in (ways["forward"], ways["sampled"], lambda: sampler.moments(rgb, 10 * samples, scale="native"))
-    ]
+    runs = (ways["forward"], ways["sampled"], lambda: sampler.moments(rgb, 10 * samples, scale="native"))
+    kept, trimmed = ("/".join(f"{growth(run, trim):.0f}" for run in runs) for trim in (False, True))
     print(
         f"{name:26} forward {1000 * forward:6.1f} ms   sampled {ratios['sampled']:5.2f}   fastest {ratios['fastest']:5.2f}"
         + (f"   full {ratios['full']:5.1f}" if full else "")
-        + f"   memory {memory[0]:4.0f}, {memory[1]:4.0f} and {memory[2]:4.0f} MiB\n    {sampler.how['passes']}; {fastest.backend}",
+        + f"   memory {kept}, {trimmed} MiB\n    {sampler.how['passes']}; {fastest.backend}",
         flush=True,
     )
 
