@@ -86,7 +86,8 @@ def test_names_are_checked(names):
 def test_maps_of_samples_need_samples():
     maps.check_names(["variance", "confidence"], sampled=True)
     with pytest.raises(
-        ValueError, match="maps: variance describe the spread of samples, .* Set a method that has: mc-dropout, sampling-free"
+        ValueError,
+        match="maps: variance describe the spread of samples, .* Set a method that has: mc-dropout, sampling-free",
     ):
         maps.check_names(["variance", "confidence"])
 
