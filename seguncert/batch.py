@@ -20,10 +20,11 @@ import cv2
 import torch
 
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
-from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable, tiff_writer
+from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
 from seguncert.run import Settings, chosen_maps, chosen_views
+from seguncert.sheets import tiff_writer
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
 from seguncert.tiles import Sampler
@@ -221,6 +222,15 @@ class _Work:
         self.count(line["status"])
         return line["status"] == "ok"
 
+    def refuse(self, path: str, error: str) -> bool:
+        """Record that an image failed before anything was done with it."""
+        stamp = stamp_of(self.job.source / path)
+        self.store.finish(
+            self.store.begin(path), {"path": path, "status": "failed", "error": error, "input": stamp}, {}
+        )
+        self.count("failed")
+        return False
+
     def video(self, frames: list[str], todo: set[str], suspects: set[str]) -> None:
         """The frames of a video that are not done, or that were done with another past.
 
@@ -237,13 +247,14 @@ class _Work:
             if good:
                 unseen.append(path)
             else:
-                if readable(self.job, path):
-                    for before in unseen:
-                        look_back(self.job, self.model, self.sampler, before, carry)
-                    unseen.clear()
+                error = ""
+                if unseen and readable(self.job, path):
+                    while unseen and not error:
+                        error = look_back(self.job, self.model, self.sampler, unseen[0], carry)
+                        del unseen[: not error]
                 if path not in todo:
                     self.count("again")
-                good = self.photo(path, carry, past)
+                good = self.refuse(path, error) if error else self.photo(path, carry, past)
             if good:
                 named = f"{past} {path} {stamp_of(self.job.source / path)}"
                 past = hashlib.blake2b(os.fsencode(named), digest_size=12).hexdigest()

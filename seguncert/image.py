@@ -9,11 +9,14 @@ import struct
 import threading
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import Num, Shaped, UInt8
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 IMAGE_SUFFIXES = frozenset(
@@ -24,6 +27,7 @@ IMAGE_SUFFIXES = frozenset(
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_TIFF = {(1, 10), (1, 12), (1, 14), (1, 16), (1, 32), (2, 16), (2, 32), (3, 32), (3, 64)}  # sample format, bits
+ORIENTATION = 0x0112  # EXIF tag
 FULL_SCALES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1)
 
 # Pillow warns, and `warnings.catch_warnings` is not safe between threads: what Pillow decodes, it decodes in turn.
@@ -32,6 +36,7 @@ _PILLOW = threading.Lock()
 # OpenCV's failures come back as None or as an exception; the log would repeat them without the file's name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 MAX_PIXELS, MAX_BYTES = 100_000_000, 512 * 2**20  # of one file; callers may ask for more
+LARGE = 64_000_000  # pixels of a picture that is better held on the disk
 
 
 class ImageError(ValueError):
@@ -46,7 +51,13 @@ class Photo:
     note: str = ""
 
 
-def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Photo:
+def read_image(
+    source: str | os.PathLike | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    spill: Path | None = None,
+) -> Photo:
     """Read a file, or its bytes, as RGB (H, W, 3) uint8 in 0..255, turned upright as its EXIF says.
 
     The content decides the format, not the name. Values are scaled, never clipped:
@@ -58,6 +69,8 @@ def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXEL
       image's own minimum and maximum to 0..255; black where the two are equal.
 
     Transparency is laid over white; of several frames the first is taken; CMYK is converted without a profile.
+    Given `spill`, the pixels of a JPEG or PNG of more than `LARGE` of them go into that new file and are mapped from it:
+    half the memory.
 
     Raises ImageError for what is no regular file, no image, damaged or cut short, more than `max_bytes`, more than
     `max_pixels` by its header (before anything is decoded), of an unsupported kind, or holds NaN or infinity. Above
@@ -74,7 +87,9 @@ def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXEL
         size = _ordinary_size(data)
         if size is not None:
             _check_cap(size[0] * size[1], max_pixels, "pixels")
-            return Photo(_imdecode(data, cv2.IMREAD_COLOR_RGB, size))
+            large = spill if size[0] * size[1] > LARGE else None
+            rgb = _spilled(data, large) if large else None
+            return Photo(_imdecode(data, cv2.IMREAD_COLOR_RGB, size) if rgb is None else rgb)
         with _PILLOW, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             decode = _decode_tiff if data.startswith(TIFF_STARTS) else _decode
@@ -87,6 +102,8 @@ def read_image(source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXEL
         cap = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or 0))
         raise ImageError(f"image too large: expected at most {cap} pixels, received more; make it smaller") from error
     except Exception as error:  # decoders fail on damaged data in every way there is
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of a decoder
+            raise
         raise ImageError(
             "cannot decode: expected a complete JPEG, PNG, TIFF, WebP, BMP, GIF, PPM or JPEG 2000 image, received "
             f"{len(data)} bytes that begin with {data[:8]!r}; copy it again or convert it to PNG"
@@ -165,6 +182,22 @@ def _imdecode(data: bytes, flags: int, size: tuple[int, int]) -> Shaped[np.ndarr
     if array is None or array.shape[:2] not in (size, size[::-1]):  # a quarter turn swaps the sides
         raise ValueError("OpenCV did not decode what the header promised")
     return array
+
+
+def _spilled(data: bytes, file: Path) -> UInt8[np.ndarray, "H W 3"] | None:
+    """The pixels by way of a file; None of a kind that OpenCV must decode. OpenCV holds them twice for a time, Pillow once."""
+    kind = JpegImageFile if data.startswith(b"\xff\xd8") else PngImageFile if data.startswith(b"\x89PNG") else None
+    if kind is None:
+        return None
+    with _PILLOW, warnings.catch_warnings(), kind(io.BytesIO(data)) as image:  # Image.open has a limit of its own
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        if image.mode not in ("RGB", "L") or image.getexif().get(ORIENTATION, 1) != 1:
+            return None
+        W, H = image.size
+        with open(file, "wb") as pixels:
+            for top in range(0, H, 256):
+                pixels.write(np.asarray(image.crop((0, top, W, min(H, top + 256))).convert("RGB")).data)
+    return np.asarray(np.memmap(file, np.uint8, "r", shape=(H, W, 3)))
 
 
 def _decode(data: bytes, max_pixels: int) -> tuple[UInt8[np.ndarray, "H W 3"], int, str, str]:
@@ -260,7 +293,7 @@ def _over_white(
 
 def _upright(rgb: UInt8[np.ndarray, "H W 3"], image: Image.Image) -> UInt8[np.ndarray, "H2 W2 3"]:
     try:
-        orientation = image.getexif().get(0x0112)  # gone where Pillow has turned the picture itself: TIFF
+        orientation = image.getexif().get(ORIENTATION)  # gone where Pillow has turned the picture itself: TIFF
     except Exception:  # a damaged EXIF says nothing about the pixels
         return rgb
     rgb = rgb.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else rgb

@@ -7,41 +7,37 @@ the photo itself and one block.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import platform
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from seguncert import maps as maps_
 from seguncert import render
-from seguncert.image import MAX_BYTES, ImageError, read_image
+from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
 from seguncert.predict import on_backend
 from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
+from seguncert.sheets import Sheet, give_back, tiff_writer
 from seguncert.store import FULL, OURS, cannot_write, stamp_of
 from seguncert.tables import BINS
 from seguncert.tiles import MOST, Sampler, moments_bytes
 from seguncert.video import Carry
 
 FORMATS = ("png16", "npy", "tiff")
-LARGE = 64_000_000  # pixels of a photo whose maps go to the disk block by block
 ERROR_BINS = 1 << 14  # of the histogram from which the quantile of the Monte-Carlo error is read
 ERROR_SHARE = 0.99
-TILE = 256  # of a large TIFF
 OVERLAY = 4096  # pixels of the longest side of the overlay of a large picture
 
 
@@ -156,7 +152,7 @@ def process(
     if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
         return line | {"error": "the folder cannot be listed; check its permissions"}, {}
     try:
-        photo = read_image(file, max_pixels=job.max_pixels, max_bytes=max(MAX_BYTES, 8 * job.max_pixels))
+        photo = _read(job, path, scratch / "pixels")
         H, W = photo.rgb.shape[:2]
         with PIXELS.take(_weight(model, sampler, photo.rgb)):
             sampled = sampler is not None or job.settings.needs_sampler(model, H, W)
@@ -179,20 +175,29 @@ def process(
 def readable(job: Job, path: str) -> bool:
     """Whether a frame can be decoded at all."""
     try:
-        read_image(job.source / path, max_pixels=job.max_pixels)
+        _read(job, path)
     except Exception:  # `process` will say what
         return False
     return True
 
 
-def look_back(job: Job, model: Model, sampler: Sampler | None, path: str, carry: Carry | None) -> None:
-    """Predict a frame that is done already, for the sake of those after it; one that failed is passed over."""
+def look_back(job: Job, model: Model, sampler: Sampler | None, path: str, carry: Carry | None) -> str:
+    """Predict a frame that is done already, for the sake of those after it; what went wrong, or nothing."""
     try:
-        rgb = read_image(job.source / path, max_pixels=job.max_pixels).rgb
+        rgb = _read(job, path).rgb
         with PIXELS.take(_weight(model, sampler, rgb)):
             predict_photo(model, sampler, rgb, job.settings, carry)
-    except Exception:  # as in `process`
-        pass
+    except Exception as error:  # as in `process`
+        return (
+            f"the frame {path} before it is done, but could not be predicted again for this one: "
+            f"{' '.join(str(error).split())[:300] or type(error).__name__}; mend or remove that frame"
+        )
+    return ""
+
+
+def _read(job: Job, path: str, spill: Path | None = None) -> Photo:
+    limit = max(MAX_BYTES, 8 * job.max_pixels)
+    return read_image(job.source / path, max_pixels=job.max_pixels, max_bytes=limit, spill=spill)
 
 
 def _weight(model: Model, sampler: Sampler | None, rgb: np.ndarray) -> int:
@@ -224,12 +229,13 @@ def _in_blocks(
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
     if job.settings.samples == "auto" or job.settings.carry is not None:
-        raise ModelError(f"samples auto and carry: expected at most {LARGE} pixels. Received: {W}x{H}."
-                         " Set a number of samples, and no carry.")  # fmt: skip
+        most = min(LARGE, MOST // moments_bytes(len(model.classes), 1, 1))
+        raise ModelError(f"samples auto and carry: expected at most {most} pixels for {len(model.classes)} classes."
+                         f" Received: {W}x{H}. Set a number of samples, and no carry.")  # fmt: skip
     errors, sums = job.errors(sampler), _sums(job, sampler)
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
-    sheets = {name: _Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
-    labels = _Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
+    sheets = {name: Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
+    labels = Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
     blocks = describe_blocks(model, sampler, rgb, job.settings)
     torch.set_num_threads(available_cores())  # it waited until it was alone
     for rows, columns, labels_RW, maps_RW, moments in blocks:
@@ -239,7 +245,7 @@ def _in_blocks(
             sheets[name].put(rows, columns, np.rint(map_RW * 65535) if stored.kind == "u" else map_RW)
         for name in errors:
             sums[_error(name)].add(moments.standard_error_HW().numpy())
-        _give_back()
+        give_back()
 
     torch.set_num_threads(1)
     small = render.thumbnail(rgb, OVERLAY)
@@ -250,14 +256,6 @@ def _in_blocks(
         files[name + suffix] = file
     files["overlay.jpg"] = _overlay(small, first, job.settings.maps[0], len(model.classes))
     return _told(job, sums, None), files
-
-
-def _give_back() -> None:
-    """Memory that was freed, to the system: the allocator of glibc keeps some for each thread that there ever was."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another allocator
-        pass
 
 
 def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:
@@ -324,74 +322,3 @@ def _encode(map_HW: np.ndarray, format: str) -> tuple[str, bytes]:
         return ".npy", buffer.getvalue()
     tiff_writer()(buffer, map_HW, compression="zstd", predictor=True)
     return ".tiff", buffer.getvalue()
-
-
-def tiff_writer() -> Callable[..., None]:
-    """tifffile's, or a ValueError that says how to get it."""
-    try:
-        import imagecodecs  # noqa: F401
-        import tifffile
-    except ImportError:
-        raise ValueError("format tiff needs two more packages: pip install 'seguncert[tiff]'") from None
-    return tifffile.imwrite
-
-
-class _Sheet:
-    """An array on the disk, H × W; only the rows in use are mapped into memory."""
-
-    def __init__(self, file: Path, H: int, W: int, dtype: np.dtype):
-        self.file, self.H, self.W, self.dtype = file, H, W, dtype
-        with open(file, "wb") as new:
-            if hasattr(os, "posix_fallocate"):  # a disk that is full says so here, and not by a bus error
-                os.posix_fallocate(new.fileno(), 0, H * W * dtype.itemsize)
-            new.truncate(H * W * dtype.itemsize)
-
-    def rows(self, rows: slice, mode: Literal["r", "r+"] = "r") -> np.memmap:
-        """Some rows, mapped until they are let go."""
-        offset = rows.start * self.W * self.dtype.itemsize
-        return np.memmap(self.file, self.dtype, mode, offset, (rows.stop - rows.start, self.W))
-
-    def put(self, rows: slice, columns: slice, values_RW: np.ndarray) -> None:
-        """Write a block."""
-        self.rows(rows, "r+")[:, columns] = values_RW
-
-    def shrunk(self, h: int, w: int) -> np.ndarray:
-        """(h, w) float32 in [0, 1], by area means."""
-        small = np.empty((h, w), np.float32)
-        full = 65535 if self.dtype.kind == "u" else 1
-        for y in range(h):
-            start, stop = y * self.H // h, max(y * self.H // h + 1, (y + 1) * self.H // h)
-            line_1W = self.rows(slice(start, stop)).mean(0, dtype=np.float32, keepdims=True) / full
-            small[y] = cv2.resize(line_1W, (w, 1), interpolation=cv2.INTER_AREA)
-        return small
-
-    def save(self, format: str) -> tuple[str, Path]:
-        """As a file of the wanted format."""
-        if format == "png16":
-            return ".png", self.save_png()
-        target = self.file.with_name(self.file.name + f".{format}")
-        if format == "npy":
-            copy = np.lib.format.open_memmap(target, "w+", self.dtype, (self.H, self.W))
-            for start in range(0, self.H, 256):
-                copy[start : start + 256] = self.rows(slice(start, min(start + 256, self.H)))
-        else:
-            settings = {"tile": (TILE, TILE), "compression": "zstd", "predictor": True}
-            tiff_writer()(target, self._tiles(), shape=(self.H, self.W), dtype=self.dtype, **settings)
-        self.file.unlink()
-        return f".{format}", target
-
-    def _tiles(self) -> Iterator[np.ndarray]:
-        for start in range(0, self.H, TILE):
-            rows_RW = self.rows(slice(start, min(start + TILE, self.H)))
-            yield from (np.asarray(rows_RW[:, left : left + TILE]) for left in range(0, self.W, TILE))
-
-    def save_png(self, colours_C3: np.ndarray | None = None) -> Path:
-        """As PNG, grey, or with a palette; Pillow takes the pixels where they lie."""
-        target = self.file.with_name(self.file.name + ".png")
-        mode = "I;16" if self.dtype.itemsize == 2 else "P"
-        picture = Image.frombuffer(mode, (self.W, self.H), self.rows(slice(0, self.H)), "raw", mode, 0, 1)
-        if colours_C3 is not None:
-            picture.putpalette(colours_C3.tobytes())
-        picture.save(target, compress_level=1, compress_type=zlib.Z_RLE, bits=8 if mode == "P" else 16)
-        self.file.unlink()
-        return target

@@ -23,7 +23,7 @@ from torch import nn
 
 import seguncert
 from hostile import make_hostile
-from seguncert import batch, job, tiles
+from seguncert import batch, image, job, tiles
 from seguncert.batch import export, list_images
 from seguncert.image import ImageError
 from seguncert.model import build_net, save_model, wrap_model
@@ -486,6 +486,7 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
     settings |= {"insert_dropout": {"segmentation_head": 0.3}, "samples": 4} if method != "none" else {}
     export(source, tmp_path / "whole", small_model, **settings)
     monkeypatch.setattr(job, "LARGE", 1000)
+    monkeypatch.setattr(image, "LARGE", 1000)
     monkeypatch.setattr(tiles, "WHOLE", 1000)
     monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
     export(source, tmp_path / "cut", small_model, **settings)
@@ -585,6 +586,27 @@ def test_frames_of_a_video_carry_their_past_also_over_a_break(pictures, small_mo
     (source / "a" / "frame 9.png").write_bytes(good)
     assert export(source, tmp_path / "cut", small_model, **settings).done == 8
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole"), "frames after a mended one are done again"
+
+
+def test_frames_after_one_that_cannot_be_predicted_again_fail_aloud(pictures, small_model, tmp_path, monkeypatch):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(4):
+        (source / f"f{number}.jpg").write_bytes(next(pictures.rglob("*.jpg")).read_bytes())
+    settings = {"carry": 0.5, "device": "cpu"}
+    export(source, out, small_model, **settings)
+    (source / "f2.jpg").write_bytes(sorted(pictures.rglob("*.jpg"))[3].read_bytes())
+    whole, predict = tree(out), job.predict_photo
+    with monkeypatch.context() as patch:
+        calls = iter(range(9))
+        patch.setattr(job, "predict_photo", lambda *each: predict(*each) if next(calls) != 1 else 1 / 0)
+        result = export(source, out, small_model, **settings)
+    rows = rows_of(out)
+    assert rows["f2.jpg"]["error"].startswith("the frame f1.jpg before it is done, but could not be predicted again")
+    assert (result.done, result.failed) == (3, 1) and [row["status"] for row in rows.values()].count("ok") == 3
+    assert export(source, out, small_model, **settings).done == 4
+    export(source, tmp_path / "new", small_model, **settings)
+    assert tree(out) == tree(tmp_path / "new") != whole
 
 
 def test_a_frame_that_kills_the_process_is_passed_over(pictures, small_model, tmp_path, monkeypatch):

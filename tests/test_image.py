@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from hostile import encode, frames, make_hostile, png, scene, tiff, turned
+from seguncert import image
 from seguncert.image import IMAGE_SUFFIXES, ImageError, Photo, pad_to_divisor, read_image
 
 RGB = scene()
@@ -431,6 +432,35 @@ def test_opencv_says_nothing_on_stderr():
     code = f"JPEG, TIFF = {encode(RGB, 'JPEG')!r}, {tiff(DEEP)!r}\n{code}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "progressive JPEG", "grey JPEG", "PNG", "grey PNG", "turned JPEG", "WEBP", "RGBA PNG"]
+)
+def test_large_pictures_by_way_of_the_disk_are_the_same(kind, tmp_path, monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 29, 3), np.uint8)).resize((290, 700))
+    picture = picture.convert("L") if "grey" in kind else picture.convert("RGBA") if "RGBA" in kind else picture
+    more = {"progressive": True} if "progressive" in kind else {}
+    if "turned" in kind:
+        more["exif"] = Image.Exif()
+        more["exif"][0x0112] = 6
+    file, spill = tmp_path / "picture", tmp_path / "pixels"
+    picture.save(file, kind.split()[-1], **more)
+    monkeypatch.setattr(image, "LARGE", 1000)
+    photo = read_image(file, spill=spill)
+    assert spill.exists() == (kind.split()[0] not in ("turned", "WEBP", "RGBA"))
+    assert np.array_equal(photo.rgb, read_image(file).rgb) and photo.note == read_image(file).note
+    if spill.exists():
+        file.write_bytes(file.read_bytes()[:-500])
+        with pytest.raises(ImageError, match="cannot decode: expected a complete JPEG"):
+            read_image(file, spill=spill)
+
+
+def test_a_full_disk_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(image, "LARGE", 1)
+    png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+    with pytest.raises(OSError, match="No such file or directory"):
+        read_image(png, spill=tmp_path / "none" / "pixels")
 
 
 def test_threads_agree():

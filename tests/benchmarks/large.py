@@ -3,8 +3,8 @@
     python tests/benchmarks/large.py [--side 20000] [--model nuclei] [--method mc-dropout] [--samples 20] [--backend auto]
 
 The picture is a texture, side x side pixels, at its own size. The export runs in a process of its own; its peak is that of
-resident memory, which counts what is mapped from files as well. The picture itself takes 3 bytes a pixel of it; it is a
-JPEG, since OpenCV decodes PNG by way of a second copy.
+resident memory, which counts what is mapped from files as well. The picture itself takes 3 bytes a pixel of it.
+
 """
 
 from __future__ import annotations
