@@ -23,8 +23,8 @@ from rich.table import Table
 
 from seguncert.evaluation import find_pairs, measure, total
 from seguncert.image import read_image
-from seguncert.metrics import Scores
 from seguncert.model import Model, bundled_folder, bundled_names, load_model
+from seguncert.scores import Scores
 
 
 class Group(str, Enum):

@@ -36,15 +36,13 @@ exactly, once a pixel of the photo.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from seguncert import fused
-from seguncert.fused import LN2, LOG2E, MANTISSA, ONE, ONE_BITS, ROUND, _compiled, _neighbours
+from seguncert.fused import _neighbours
+from seguncert.kernels import LN2, LOG2E, MANTISSA, ONE, ONE_BITS, P1, P2, P3, P4, P5, P6, ROUND, compiled
 from seguncert.moments import Moments
 
 HELD = 1 << 18  # floats: what all channels add to all classes, at the columns of one go
@@ -85,7 +83,6 @@ _nodes, _weights = np.polynomial.hermite_e.hermegauss(7)
 NODES, WEIGHTS = _nodes.astype(np.float32), (_weights / _weights.sum()).astype(np.float32)
 BENDS, TWISTS = ((_nodes**2 - 1) / 6).astype(np.float32), ((5 * _nodes - 2 * _nodes**3) / 36).astype(np.float32)
 
-P1, P2, P3, P4, P5, P6 = fused.P1, fused.P2, fused.P3, fused.P4, fused.P5, fused.P6  # of 2^f
 ZERO, HALF, TWO, TINY = np.float32(0), np.float32(0.5), np.float32(2), np.float32(1e-35)
 SLACK = np.float32(2**-23)  # of mean (1 − mean), which no variance exceeds, when the mean is nearly 1
 SKEWEST = np.float32(1)  # beyond it the nodes no longer rise
@@ -97,7 +94,7 @@ Q6, Q7, Q8 = np.float32(1.1676998740e-1), np.float32(-1.1514610310e-1), np.float
 ROOT_BITS, MANTISSA_BITS = np.int32(0x3F3504F3), np.int32(0x7FFFFF)
 
 
-@_compiled
+@compiled
 def _closed(
     band_KRW, weight_CKij, bias_C, dilation_y, dilation_x, ratio, skew,
     above_R, down_R, left_W, right_W, block, mean_CRW, squares_CRW, entropy_RW,
@@ -143,7 +140,7 @@ def _closed(
             )  # fmt: skip
 
 
-@_compiled
+@compiled
 def _widen_features(band_KRW, row, dilation_x, left_B, right_B, last, wide_KjB):
     """One row of the features at the columns of the photo, shifted by each column of the kernel."""
     width = len(left_B)
@@ -165,7 +162,7 @@ def _widen_features(band_KRW, row, dilation_x, left_B, right_B, last, wide_KjB):
                     wide_B[x] = here + right_B[x] * (row_W[right + np.uint32(shift)] - here)
 
 
-@_compiled
+@compiled
 def _parts(taps_TB, weight_CKij, k, width, part_CB, logits_CB):
     """What one channel adds to each class."""
     C, _, i, j = weight_CKij.shape
@@ -194,7 +191,7 @@ def _parts(taps_TB, weight_CKij, k, width, part_CB, logits_CB):
                 logit_B[x] += part_B[x]
 
 
-@_compiled
+@compiled
 def _pixels(logits_CB, parts_KCB, ratio, skew, width, work_7CB, work_19B, mean_CB, squares_CB, entropy_B):
     """Moments of one row of pixels, of the mean of their logits and of what each channel adds to these."""
     K, C = parts_KCB.shape[:2]
@@ -324,10 +321,7 @@ def _pixels(logits_CB, parts_KCB, ratio, skew, width, work_7CB, work_19B, mean_C
         entropy_B[x] = max(-known_B[x], ZERO)
 
 
-_function: Callable[[Callable[..., Any]], Callable[..., Any]] = _compiled  # of one that returns a number
-
-
-@_function
+@compiled
 def _exp2(power):
     """2^power, of a power that is brought between ±115."""
     power = min(max(power, -FURTHEST), FURTHEST)
@@ -338,7 +332,7 @@ def _exp2(power):
     return e * np.int32(bits).view(np.float32)
 
 
-@_function
+@compiled
 def _ln(value):
     """Of a normal number above 0."""
     bits = np.int32(np.float32(value).view(np.int32) - ROOT_BITS)

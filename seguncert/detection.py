@@ -12,14 +12,14 @@ Letters: K bins from sure to doubtful, J coarse ones, Q points of a curve, T thr
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8
-from numba import njit
+
+from seguncert.kernels import compiled
 
 RIGHT, WRONG, VOID = 0, 1, 2  # what became of a pixel
 OCTAVES = 48
@@ -283,15 +283,6 @@ def harmonic_gap(q: Any, n: Any) -> Any:
     early = sum(n / ((q + k) * (q + n + k + 0.0)) for k in range(1, 9))
     series = (high**-2.0 - low**-2.0) / 24 - (high**-4.0 - low**-4.0) * (7 / 960)
     return early + np.log1p(n / low) + series
-
-
-def compiled(function: Callable[..., Any], also: Sequence[str] = ()) -> Callable[..., Any]:
-    """Compiled at the first call, kept on disk; `unwrap` takes off what checks shapes in the tests.
-
-    What may be reordered is fused multiply-add and the like, and what is named in `also`; infinities and NaN stay.
-    """
-    fast = {"contract", "nsz", "arcp", *also}
-    return njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(inspect.unwrap(function))
 
 
 @compiled

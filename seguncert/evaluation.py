@@ -12,10 +12,10 @@ import torch
 from jaxtyping import UInt8
 
 from seguncert.image import IMAGE_SUFFIXES, read_image
-from seguncert.metrics import Scores
 from seguncert.model import Model
 from seguncert.predict import rows_at_size
 from seguncert.run import Settings, predict_photo
+from seguncert.scores import Scores
 
 IGNORED = 255  # what the ignore index becomes inside; C is at most 255 here
 

@@ -7,14 +7,12 @@ few units of the last place (tested), and do not depend on how the rows are cut.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
+from seguncert.kernels import LN2, LOG2E, LOWEST, MANTISSA, ONE, ONE_BITS, P1, P2, P3, P4, P5, P6, ROUND, compiled
 from seguncert.moments import Moments
 
 BLOCK = 512  # columns at once: all samples of two rows of them fit into a second-level cache
@@ -102,22 +100,7 @@ def _neighbours(position: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarr
     return first, (position - first).astype(np.float32)
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled at the first call, kept on disk; `unwrap` takes off what checks shapes in the tests."""
-    fast = {"contract", "nsz", "arcp"}  # fused multiply-add and the like; infinities and NaN stay what they are
-    return njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(inspect.unwrap(function))
-
-
-# 2^f for f in [−½, ½], relative error 2e-9: minimax polynomial (Lawson's algorithm)
-P1, P2, P3 = np.float32(0.6931471824645996), np.float32(0.24022646248340607), np.float32(0.05550328642129898)
-P4, P5, P6 = np.float32(0.009618489071726799), np.float32(0.0013399929739534855), np.float32(0.0001534579205326736)
-LOG2E, LN2, ONE = np.float32(1.4426950408889634), np.float32(0.6931471805599453), np.float32(1)
-LOWEST = np.float32(-127)  # 2^−127 is made 0
-ROUND = np.float32(1.5 * 2**23)  # added to a small number, its last bits are the nearest integer
-MANTISSA, ONE_BITS = np.int32(23), np.int32(127 << 23)
-
-
-@_compiled
+@compiled
 def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, n, mean_CRW, squares_CRW, entropy_RW, per_log):
     S, C = logits_SCrw.shape[:2]
     R, W = entropy_RW.shape
@@ -141,7 +124,7 @@ def _accumulate(logits_SCrw, above_R, down_R, left_W, right_W, n, mean_CRW, squa
                      mean_CRW[:, y, start:stop], squares_CRW[:, y, start:stop], entropy_RW[y, start:stop])  # fmt: skip
 
 
-@_compiled
+@compiled
 def _accumulate_linear(
     band_KRW, weight_CKij, bias_C, dilation_y, dilation_x, index_SK, count_S, few_S, scale,
     above_R, down_R, left_W, right_W, n, mean_CRW, squares_CRW, entropy_RW, per_log,
@@ -186,7 +169,7 @@ def _accumulate_linear(
                      mean_CRW[:, y, start:stop], squares_CRW[:, y, start:stop], entropy_RW[y, start:stop])  # fmt: skip
 
 
-@_compiled
+@compiled
 def _each_channel(band_KRW, weight_CKij, dilation_y, dilation_x, line, first, width, parts_KCw, all_Cw):
     """What each channel adds to each class on one line, and the sum of that over channels."""
     C, K, i, j = weight_CKij.shape
@@ -219,7 +202,7 @@ def _each_channel(band_KRW, weight_CKij, dilation_y, dilation_x, line, first, wi
                     all_w[x] += part_w[x]
 
 
-@_compiled
+@compiled
 def _each_sample(parts_KCw, all_Cw, bias_C, index_SK, count_S, few_S, scale, width, line_SCw):
     """The logits of one line: of few channels their sum, of many that of all less the others."""
     S, C = len(count_S), len(bias_C)
@@ -241,7 +224,7 @@ def _each_sample(parts_KCw, all_Cw, bias_C, index_SK, count_S, few_S, scale, wid
                     line_w[x] += share * p_w[x]
 
 
-@_compiled
+@compiled
 def _widen(line_SCw, first, left_B, right_B, wide_SCB):
     """One line of all samples, which begins at column `first`, at the columns of the picture."""
     S, C, w = line_SCw.shape
@@ -261,7 +244,7 @@ def _widen(line_SCw, first, left_B, right_B, wide_SCB):
                     wide_B[x] = here + right_B[x] * (there - here)
 
 
-@_compiled
+@compiled
 def _spread(coarse_PHW, above_R, down_R, left_W, right_W, fine_PRW):
     P, H, W = coarse_PHW.shape
     between_W, last = np.empty(W, np.float32), np.uint32(W - 1)
@@ -277,7 +260,7 @@ def _spread(coarse_PHW, above_R, down_R, left_W, right_W, fine_PRW):
                 fine_W[x] = here + right_W[x] * (there - here)
 
 
-@_compiled
+@compiled
 def _add_row(upper_SCB, lower_SCB, down, width, per_log, work_5CB, work_5B, n, mean_CB, squares_CB, entropy_B):
     """Softmax, entropy and sums of all samples for one row of pixels, `down` of the way from one line to the other."""
     S, C = upper_SCB.shape[:2]

@@ -8,12 +8,11 @@ shift and multiply over 32 bits (constants of the low-bias search of C. Wellons,
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
+
+from seguncert.kernels import compiled
 
 GOLDEN, MIX, MIX_LAST = np.uint32(0x9E3779B9), np.uint32(0x21F0AAAD), np.uint32(0x735A2D97)
 SHIFT_15, SHIFT_16 = np.uint32(15), np.uint32(16)
@@ -45,11 +44,10 @@ def keep_or_drop(
     return mask_KHW
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return njit(nogil=True, cache=True)(inspect.unwrap(function))
+_exact = partial(compiled, fast=False)  # a mask is to be the same everywhere: nothing may be reordered
 
 
-@_compiled
+@_exact
 def _hash(value, other):
     h = np.uint32(value ^ np.uint32(value >> SHIFT_16))
     h = np.uint32(np.uint32(h * MIX) ^ other)
@@ -57,7 +55,7 @@ def _hash(value, other):
     return np.uint32(h ^ np.uint32(h >> SHIFT_15))
 
 
-@_compiled
+@_exact
 def _fill(key, key2, below, kept, first_row, first_column, mask, last):
     """`mask` is (H, W, K) if `last`, else (K, H, W); the innermost loop is along what lies side by side."""
     H, W, K = mask.shape if last else (mask.shape[1], mask.shape[2], mask.shape[0])

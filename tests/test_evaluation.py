@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
-from seguncert.metrics import Scores
 from seguncert.model import wrap_model
+from seguncert.scores import Scores
 
 
 def test_nothing_but_ignored_pixels_is_an_error():
