@@ -111,19 +111,7 @@ def export(
             f"OUT: expected a new folder or one of an earlier run. Received: {out}, which is {'IN' if out.is_dir() else 'a file'}"
         )
     workers = workers or min(available_cores(), 16)
-    if insert_dropout and not {"mc-dropout", "sampling-free"} & set(method.split("+")):
-        raise ValueError(f"insert-dropout: expected with it the method mc-dropout or sampling-free. Received: {method}")
-    if not isinstance(model, (Model, str, os.PathLike)) and not model:
-        raise ValueError("model: expected at least one. Received: none")
-    given = [model] if isinstance(model, (Model, str, os.PathLike)) else list(model)
-    loaded = [each for each in given if isinstance(each, Model)]
-    spec = [each for each in given if not isinstance(each, Model)]
-    if loaded and spec:
-        raise ValueError("model: expected names and folders, or loaded models. Received: some of both")
-    if insert_dropout and loaded:
-        raise ValueError("insert-dropout: expected a model's name or folder. Received: a model that is loaded already;"
-                         " give insert_dropout to load_model")  # fmt: skip
-    models = loaded or _load(spec, device, insert_dropout or {})
+    models, spec = load_models(model, device, insert_dropout or {}, method)
     scale_factor(models[0], 1, 1, scale)
     paths, passed_over = list_images(source, out)
     if not paths:
@@ -160,6 +148,25 @@ def export(
     if stopped is not None:
         raise stopped
     return Exported(out, counts["ok"], before, counts["failed"], counts["left"], passed_over)
+
+
+def load_models(
+    model: Model | Sequence[Model] | Spec, device: str, insert_dropout: Mapping[str, float], method: str
+) -> tuple[list[Model], list[str | os.PathLike[str]]]:
+    """The models that are meant, and the names or folders of those that were loaded here; ValueError where they do not go together."""
+    if insert_dropout and not {"mc-dropout", "sampling-free"} & set(method.split("+")):
+        raise ValueError(f"insert-dropout: expected with it the method mc-dropout or sampling-free. Received: {method}")
+    if not isinstance(model, (Model, str, os.PathLike)) and not model:
+        raise ValueError("model: expected at least one. Received: none")
+    given = [model] if isinstance(model, (Model, str, os.PathLike)) else list(model)
+    loaded = [each for each in given if isinstance(each, Model)]
+    spec = [each for each in given if not isinstance(each, Model)]
+    if loaded and spec:
+        raise ValueError("model: expected names and folders, or loaded models. Received: some of both")
+    if insert_dropout and loaded:
+        raise ValueError("insert-dropout: expected a model's name or folder. Received: a model that is loaded already;"
+                         " give insert_dropout to load_model")  # fmt: skip
+    return loaded or _load(spec, device, insert_dropout), spec
 
 
 def list_images(source: Path, out: Path | None = None) -> tuple[list[str], dict[str, int]]:
