@@ -164,7 +164,7 @@ class Evaluation:
         is, as with any bootstrap, too narrow.
         """
         values = self.replicates()
-        return {name: _middle(value_B, level) if self.several else (math.nan,) * 2 for name, value_B in values.items()}
+        return {name: middle(value_B, level) if self.several else (math.nan,) * 2 for name, value_B in values.items()}
 
     def replicates(self) -> dict[str, Float64[np.ndarray, " B"]]:
         """Each figure in each replicate. Those of two evaluations of the same pictures, with the same seed, are paired."""
@@ -209,7 +209,7 @@ def poisson_weights(seed: int, cluster: str, B: int) -> Int64[np.ndarray, " B"]:
     )  # raw bits are the same in every numpy
 
 
-def _middle(value_B: np.ndarray, level: float) -> tuple[float, float]:
+def middle(value_B: np.ndarray, level: float) -> tuple[float, float]:
     """The middle share `level` of values that are defined; by rank, since infinities cannot be interpolated."""
     sorted_B = np.sort(value_B[~np.isnan(value_B)])
     if not len(sorted_B):
