@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # a module imports only modules above it
-    "kernels", "moments", "video", "detection", "scores", "metrics", "maps", "image", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
+    "kernels", "moments", "video", "detection", "scores", "metrics", "conformal", "coverage", "maps", "image", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
     "backends", "fused", "closed", "tail", "predict", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "evaluation", "cli",
 ]  # fmt: skip
 LEAVES = {"kernels", "moments", "image", "render", "store", "card"}
