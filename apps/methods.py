@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from seguncert.evaluation import IGNORED, find_pairs, read_label
 from seguncert.image import read_image
+from seguncert.labels import IGNORED, find_pairs, read_label
 from seguncert.metrics import Evaluation
 from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size

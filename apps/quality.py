@@ -21,8 +21,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from seguncert.evaluation import find_pairs, measure, total
+from seguncert.evaluation import measure, total
 from seguncert.image import read_image
+from seguncert.labels import find_pairs
 from seguncert.model import Model, bundled_folder, bundled_names, load_model
 from seguncert.scores import Scores
 

@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from seguncert.apps.pretrained import freeze_filters, load_imagenet
 from seguncert.card import default_colours
-from seguncert.evaluation import IGNORED, find_pairs, measure, read_label, total
+from seguncert.evaluation import measure, total
 from seguncert.image import read_image
+from seguncert.labels import IGNORED, find_pairs, read_label
 from seguncert.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,

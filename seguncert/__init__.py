@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from seguncert.batch import Exported, export
+    from seguncert.evaluation import Evaluated, evaluate
     from seguncert.image import ImageError, Photo, read_image
     from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
     from seguncert.run import Result, analyse
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Exported", "export"),
+    "evaluation": ("Evaluated", "evaluate"),
     "image": ("ImageError", "Photo", "read_image"),
     "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
     "run": ("Result", "analyse"),
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "Carry",
+    "Evaluated",
     "Exported",
     "ImageError",
     "Model",
@@ -40,6 +43,7 @@ __all__ = [
     "Result",
     "StoreError",
     "analyse",
+    "evaluate",
     "export",
     "load_model",
     "read_image",

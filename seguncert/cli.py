@@ -52,6 +52,10 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class Published(str, Enum):
+    lts = "lts"
+
+
 class Format(str, Enum):
     png16 = "png16"
     npy = "npy"
@@ -174,12 +178,12 @@ def export(
             method=method,
             samples=_number("samples", samples),
             seed=seed,
-            views=None if views is None else tuple(name.strip() for name in views.split(",")),
+            views=_listed(views),
             max_error=max_error,
             carry=carry,
             drop_path=drop_path,
             insert_dropout=_places(insert_dropout or []),
-            maps=None if maps is None else tuple(name.strip() for name in maps.split(",")),
+            maps=_listed(maps),
             scale=scale,
             tile=_number("tile", tile),
             format=format.value,
@@ -197,6 +201,108 @@ def export(
             ),
         )
     raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="folder of images, with subfolders")],
+    labels: Annotated[
+        Path, typer.Argument(metavar="LABELS", help="folder of PNG of class indices, named as the images")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
+    ignore_index: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none", help="label of pixels that do not count; none: every pixel is labelled. Required"
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="as of export; several times with the method ensemble [default: street]"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="as of export")] = "none",
+    samples: Annotated[str, typer.Option(help="of mc-dropout, as of export")] = "20",
+    seed: Annotated[int, typer.Option(min=0, help="of the samples, and of the intervals")] = 0,
+    views: Annotated[str | None, typer.Option(help="of tta, as of export")] = None,
+    max_error: Annotated[float, typer.Option(help="of samples auto, as of export")] = 0.01,
+    carry: Annotated[float | None, typer.Option(help="frames of a video, as of export; one worker")] = None,
+    drop_path: Annotated[bool, typer.Option("--drop-path", help="as of export")] = False,
+    insert_dropout: Annotated[list[str] | None, typer.Option(metavar="PLACE:P", help="as of export")] = None,
+    maps: Annotated[
+        str | None, typer.Option(help="judged by how well they find errors, beside confidence; names as of export")
+    ] = None,
+    scale: ScaleOption = "auto",
+    tile: Annotated[str, typer.Option(help="as of export")] = "auto",
+    boundary: Annotated[int, typer.Option(min=0, help="pixels on either side of a boundary that are judged apart")] = 3,
+    replicates: Annotated[int, typer.Option(min=1, help="of the bootstrap that makes the intervals")] = 200,
+    protocol: Annotated[
+        Published | None,
+        typer.Option(help="adds errors as published code makes them; lts: Local Temperature Scaling, for CamVid"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    backend: Annotated[Backend, typer.Option(help="as of export")] = Backend.torch,
+    precision: Annotated[Precision, typer.Option(help="as of export")] = Precision.auto,
+    max_pixels: Annotated[int, typer.Option(min=1, help="larger images are named as failed")] = 100_000_000,
+) -> None:
+    """Judge a model on labelled images.
+
+    Accuracy, calibration and the finding of errors, with intervals: writes metrics.json, metrics.csv and report.html.
+    Exit status 1: some images failed.
+    """
+    with _one_line_errors():
+        ignored = _ignored(ignore_index)
+        names = model or ["street"]
+        err.print(f"loading {', '.join(names)} …")
+        from seguncert.evaluation import evaluate as judge
+        from seguncert.findings import summary
+
+        with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
+            try:
+                result = judge(
+                    images,
+                    labels,
+                    out,
+                    names if len(names) > 1 else names[0],
+                    ignore_index=ignored,
+                    boundary=boundary,
+                    replicates=replicates,
+                    protocol=None if protocol is None else protocol.value,
+                    method=method,
+                    samples=_number("samples", samples),
+                    seed=seed,
+                    views=_listed(views),
+                    max_error=max_error,
+                    carry=carry,
+                    drop_path=drop_path,
+                    insert_dropout=_places(insert_dropout or []),
+                    maps=_listed(maps),
+                    scale=scale,
+                    tile=_number("tile", tile),
+                    workers=workers,
+                    device=device.value,
+                    backend=backend.value,
+                    precision=precision.value,
+                    max_pixels=max_pixels,
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                err.print("stopped; nothing was written, since figures of some images would be taken for those of all")
+                raise typer.Exit(STOPPED) from None
+        rows = summary(result.metrics)
+        table = Table("", *("calibrated", "before", "change") if len(rows[0][1]) > 1 else ("",), box=None)
+        for title, cells in rows:
+            table.add_row(title, *(f"{value}  [{ends}]" if ends else value for value, ends in cells))
+        Console(markup=False, highlight=False).print(table)
+        err.print(
+            f"{result.done} images judged, {result.failed} failed; {result.metrics['protocol']['intervals']['number']} clusters"
+        )
+        if result.failed:
+            err.print(f"the reason of each failure is in {out / 'metrics.csv'}")
+        err.print(f"report: {out / 'report.html'}")
+    raise typer.Exit(FAILED if result.failed else 0)
 
 
 @app.command()
@@ -251,6 +357,20 @@ def page(
         from seguncert.apps.app import launch
 
         launch(model, host, port)
+
+
+def _ignored(text: str | None) -> int | None:
+    """The ignore index; that there is none must be said."""
+    if text is None or not (text == "none" or text.isdecimal()):
+        raise ValueError(
+            f"ignore-index: expected the label of pixels that do not count, or none if every pixel is labelled."
+            f" Received: {'nothing' if text is None else repr(text)}. Give --ignore-index N, or --ignore-index none."
+        )
+    return None if text == "none" else int(text)
+
+
+def _listed(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(name.strip() for name in names.split(","))
 
 
 def _number(option: str, text: str) -> int | Literal["auto"]:

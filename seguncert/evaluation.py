@@ -3,51 +3,328 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
 
-from seguncert.image import IMAGE_SUFFIXES, read_image
-from seguncert.model import Model
-from seguncert.predict import rows_at_size
-from seguncert.run import Settings, predict_photo
-from seguncert.scores import Scores
+from seguncert import maps as maps_
+from seguncert.batch import Spec, list_images, load_models, sequences
+from seguncert.clusters import find_clusters
+from seguncert.findings import check_out, write_findings
+from seguncert.image import LARGE, MAX_BYTES, MAX_PIXELS, ImageError, read_image
+from seguncert.job import PIXELS, Job, available_cores
+from seguncert.labels import IGNORED, find_labels, read_label
+from seguncert.model import Model, ModelError, evaluating
+from seguncert.moments import Moments
+from seguncert.predict import rows_at_size, scale_factor
+from seguncert.published import image_errors
+from seguncert.run import Settings, chosen_maps, chosen_views, predict_photo
+from seguncert.scores import Scores, boundary_band
+from seguncert.tally import Judged, Part, Tally
+from seguncert.tiles import MOST, Sampler, moments_bytes
+from seguncert.video import Carry
+from seguncert.worst import draw_pictures, overconfidence
 
-IGNORED = 255  # what the ignore index becomes inside; C is at most 255 here
+PROTOCOLS = ("lts",)
+T = TypeVar("T")
 
 
-def find_pairs(images: str | os.PathLike[str], labels: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
-    """Each image with the label PNG of the same relative path without suffix; a missing label is an error."""
-    images, labels = Path(images), Path(labels)
-    by_stem = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*.png")}
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"images: expected a folder with images. Received: {images}, which has none")
-    missing = [path for path in found if path.relative_to(images).with_suffix("") not in by_stem]
-    if missing:
+@runtime_checkable
+class Calibrator(Protocol):
+    """Logits in, logits out whose softmax are the probabilities."""
+
+    kind: str
+
+    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F h w"] | None:
+        """What it wants to know of the picture around each pixel, at the logits' scale."""
+
+    def __call__(
+        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+    ) -> Float[Tensor, "C R W"]:
+        """Calibrated logits of a band of rows; the features are what `look` gave, at the photo's size."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Outcome: images judged and failed, `metrics` as in metrics.json."""
+
+    out: Path
+    done: int
+    failed: int
+    metrics: dict[str, Any]
+
+
+def evaluate(
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    model: Model | Sequence[Model] | Spec = "street",
+    *,
+    ignore_index: int | None,
+    calibration: Calibrator | None = None,
+    boundary: int = 3,
+    replicates: int = 200,
+    protocol: Literal["lts"] | None = None,
+    method: str = "none",
+    samples: int | Literal["auto"] = 20,
+    seed: int = 0,
+    views: Sequence[str] | None = None,
+    max_error: float = 0.01,
+    carry: float | None = None,
+    drop_path: bool = False,
+    insert_dropout: Mapping[str, float] | None = None,
+    maps: Sequence[str] | None = None,
+    scale: str | float = "auto",
+    tile: int | Literal["auto"] = "auto",
+    workers: int | None = None,
+    device: str = "auto",
+    backend: str = "torch",
+    precision: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Evaluated:
+    """Judge a model on labelled images and write metrics.json, metrics.csv and report.html to `out`.
+
+    Each photo is predicted once; memory does not grow with their number. An image that cannot be read, or whose label is
+    missing or does not fit, is a failed row, and the rest goes on. The numbers do not depend on `workers`. When it is
+    stopped nothing is written: figures of some images would be taken for those of all.
+
+    Args:
+        labels: folder of 8- or 16-bit PNG of class indices, each of its image's relative path without suffix.
+        ignore_index: label of pixels that do not count; None declares that there are none.
+        calibration: what turns logits into calibrated ones; figures from before it are then made too. Maps of the
+            samples' spread are not changed by it.
+        boundary: width in pixels of the band along boundaries between classes, on either side.
+        replicates: of the bootstrap over `seguncert.clusters`, drawn from `seed`.
+        protocol: lts adds the errors of `seguncert.published`.
+        carry: as in `seguncert.export`; frames are then taken one after another.
+        method, samples, seed, views, max_error, drop_path, insert_dropout, maps, scale, tile, workers, device, backend,
+            precision, max_pixels, progress: as in `seguncert.export`.
+
+    Raises:
+        StoreError: `out` cannot be written, or holds other files.
+        ValueError: a setting is wrong, there is no image with a label, or no pixel counts.
+    """
+    images, labels, out = Path(images), Path(labels), Path(out)
+    drawn_seed = seed if "mc-dropout" in maps_.parse_method(method) else Settings.seed
+    settings = Settings(
+        method, samples, drawn_seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
+        () if maps is None else chosen_maps(maps),
+    )  # fmt: skip
+    for name, value, least in (("boundary", boundary, 0), ("replicates", replicates, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more. Received: {value}")
+    if protocol not in (None, *PROTOCOLS):
+        raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, or none. Received: {protocol!r}")
+    paths, of_image = _files(images, labels, out)
+    models, _ = load_models(model, device, insert_dropout or {}, method)
+    scale_factor(models[0], 1, 1, scale)
+    workers = 1 if carry is not None else workers or min(available_cores(), 16)
+    job = Job(
+        images, settings, max_pixels=max_pixels, insert_dropout=dict(insert_dropout or {}), backend=backend, precision=precision
+    )  # fmt: skip
+    net, sampler, engine = job.engine(models, workers)
+    tally = Tally.empty(
+        net.classes, settings.maps, find_clusters(paths), calibrated=calibration is not None, published=protocol == "lts",
+        replicates=replicates, seed=seed,
+    )  # fmt: skip
+    judge = _Judge(job, net, sampler, of_image, ignore_index, boundary, calibration, tally)
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        with (
+            sampler.ready() if sampler else evaluating(net.module),
+            closing(in_order(judge.tasks(paths), workers)) as results,
+        ):
+            if progress is not None:
+                progress(0, 0, len(paths))
+            for judged in results:
+                tally.add(judged)
+                if progress is not None:
+                    progress(tally.done, tally.failed, len(paths))
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+    run = job.run_json(models, sampler, engine) | {
+        "labels": str(labels.resolve()), "ignore_index": ignore_index, "boundary": boundary, "replicates": replicates,
+        "seed": seed, "calibration": "none" if calibration is None else calibration.kind, "protocol": protocol,
+    }  # fmt: skip
+    return Evaluated(out, tally.done, tally.failed, write_findings(tally, run, out))
+
+
+def _files(images: Path, labels: Path, out: Path) -> tuple[list[str], dict[Path, Path]]:
+    """Relative paths of the images, and label files by path without suffix; ValueError where the folders do not go together."""
+    for name, folder in (("IMAGES", images), ("LABELS", labels)):
+        if not folder.is_dir():
+            raise ValueError(
+                f"{name}: expected a folder. Received: {folder}, which is {'a file' if folder.exists() else 'not there'}"
+            )
+    if images.resolve() == labels.resolve():
+        raise ValueError(f"LABELS: expected another folder than IMAGES. Received: {labels} for both")
+    if out.resolve() in (images.resolve(), labels.resolve()):
+        raise ValueError(f"OUT: expected a folder of its own. Received: {out}, which holds images or labels")
+    check_out(out)
+    paths, of_image = list_images(images, out)[0], find_labels(labels)
+    if not any(Path(path).with_suffix("") in of_image for path in paths):
         raise ValueError(
-            f"labels: {len(missing)} of {len(found)} images have no PNG of the same name in {labels}, the first is {missing[0]}"
+            f"expected images in {images} and PNG of the same names in {labels}. Received: {len(paths)} images,"
+            f" {len(of_image)} PNG, and no pair among them"
         )
-    return [(path, by_stem[path.relative_to(images).with_suffix("")]) for path in found]
+    return paths, of_image
 
 
-def read_label(path: str | os.PathLike[str], C: int, ignore_index: int | None) -> UInt8[np.ndarray, "H W"]:
-    """Class indices, `IGNORED` where the file has the ignore index; any other value outside [0, C) is an error."""
-    label_HW = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if label_HW is None or label_HW.ndim != 2 or label_HW.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{path}: expected an 8- or 16-bit one-channel PNG of class indices")
-    ignored_HW = np.zeros(label_HW.shape, bool) if ignore_index is None else label_HW == ignore_index
-    wrong = label_HW[(label_HW >= C) & ~ignored_HW]
-    if wrong.size:
-        raise ValueError(
-            f"{path}: {wrong.size} pixels have label {wrong[0]}. Expected: 0 to {C - 1}, or the ignore index"
-            f" {'(none is set)' if ignore_index is None else ignore_index}. Set --ignore-index, or correct the label."
+@dataclass(frozen=True)
+class _Judge:
+    """What the threads share; called with one image after another."""
+
+    job: Job
+    model: Model
+    sampler: Sampler | None
+    labels: Mapping[Path, Path]
+    ignore_index: int | None
+    boundary: int
+    calibration: Calibrator | None
+    tally: Tally
+
+    def tasks(self, paths: list[str]) -> Iterator[Callable[[], Judged]]:
+        """One for each image; frames of a video, of which something is carried, in their order."""
+        keep = self.job.settings.carry
+        if keep is None:
+            yield from (partial(self, path, number) for number, path in enumerate(paths))
+            return
+        number = {path: k for k, path in enumerate(paths)}
+        for frames in sequences(paths):
+            past = Carry(keep)
+            yield from (partial(self, path, number[path], past) for path in frames)
+
+    def __call__(self, path: str, number: int, past: Carry | None = None) -> Judged:
+        """Judge the image; what is wrong with it becomes one line of its row."""
+        row: dict[str, Any] = {"path": path, "status": "failed", "error": ""}
+        try:
+            return self._judge(path, number, past)
+        except (ImageError, ModelError) as error:
+            return Judged(row | {"error": str(error)})
+        except ValueError as error:
+            return Judged(row | {"error": " ".join(str(error).split())[:500]})
+        except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
+            return Judged(
+                row | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            )
+
+    def _judge(self, path: str, number: int, past: Carry | None) -> Judged:
+        model, settings, C = self.model, self.job.settings, len(self.model.classes)
+        label = self.labels.get(Path(path).with_suffix(""))
+        if label is None:
+            raise ValueError("no label: there is no PNG of the same relative path without suffix")
+        labels_HW = read_label(label, C, self.ignore_index)
+        photo = read_image(
+            self.job.source / path, max_pixels=self.job.max_pixels, max_bytes=max(MAX_BYTES, 8 * self.job.max_pixels)
         )
-    return np.where(ignored_HW, IGNORED, label_HW).astype(np.uint8)
+        H, W = photo.rgb.shape[:2]
+        if labels_HW.shape != (H, W):
+            raise ValueError(
+                f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}"
+            )
+        most = min(LARGE, MOST // moments_bytes(C, 1, 1))
+        if most < H * W:
+            raise ValueError(
+                f"expected at most {most} pixels for {C} classes, to be judged whole. Received: {W}x{H}; cut image and label into parts"
+            )
+        with PIXELS.take(H * W * (1 + C // 3)):
+            sampler = self.sampler
+            if sampler is None and settings.needs_sampler(model, H, W):
+                sampler = settings.sampler([model])
+            logits, moments, _ = predict_photo(model, sampler, photo.rgb, settings, past)
+            with torch.inference_mode():
+                parts, shown_HW, confidence_HW = self._score(logits, moments, labels_HW, number)
+            pictures = self._pictures(parts, photo.rgb, shown_HW, labels_HW, confidence_HW)
+        row = {"path": path, "status": "ok", "error": "", "note": photo.note, "height": H, "width": W}
+        return Judged(row, parts, pictures)
+
+    def _score(
+        self,
+        logits_Chw: Float[Tensor, "C h w"],
+        moments: Moments | None,
+        labels_HW: UInt8[np.ndarray, "H W"],
+        number: int,
+    ) -> tuple[tuple[Part, ...], UInt8[np.ndarray, "H W"], Float32[np.ndarray, "H W"]]:
+        """Sums of the image after calibration and before it, and what is shown after it, band by band."""
+        H, W = labels_HW.shape
+        stages, names = self.tally.stages, self.job.settings.maps
+        band_HW = boundary_band(labels_HW, self.boundary, ignore_index=IGNORED)
+        scores = [stage.evaluation.begin() for stage in stages]
+        shown = [(np.empty((H, W), np.uint8), np.empty((H, W), np.float32)) for _ in stages]
+        for rows, versions in self._bands(logits_Chw, H, W):
+            spread = {} if moments is None else maps_.describe_spread(moments.at(rows), names)
+            for each_CRW, sums, (shown_HW, confidence_HW) in zip(versions, scores, shown, strict=True):
+                labels_RW, maps_RW = maps_.describe(each_CRW, {"confidence", *names})
+                shown_HW[rows], confidence_HW[rows] = labels_RW, maps_RW.pop("confidence")
+                sums.update(each_CRW, labels_HW[rows], maps_RW | spread, band_HW[rows])
+        parts = tuple(
+            Part(sums, None if stage.published is None else image_errors(confidence_HW, shown_HW, labels_HW, number))
+            for stage, sums, (shown_HW, confidence_HW) in zip(stages, scores, shown, strict=True)
+        )
+        return parts, *shown[0]
+
+    def _bands(
+        self, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
+    ) -> Iterator[tuple[slice, list[Float[Tensor, "C R W"]]]]:
+        """Rows of logits at the photo's size: calibrated, where there is a calibration, and as they were."""
+        C, calibration = len(logits_Chw), self.calibration
+        features_Fhw = None if calibration is None else calibration.look(logits_Chw)
+        both = logits_Chw if features_Fhw is None else torch.cat([logits_Chw, features_Fhw])
+        for rows, both_RW in rows_at_size(both, H, W):
+            versions = [both_RW[:C]]
+            if calibration is not None:
+                versions.insert(0, calibration(both_RW[:C], None if features_Fhw is None else both_RW[C:]))
+            yield rows, versions
+
+    def _pictures(
+        self,
+        parts: tuple[Part, ...],
+        rgb: np.ndarray,
+        shown_HW: np.ndarray,
+        labels_HW: np.ndarray,
+        confidence_HW: np.ndarray,
+    ) -> dict[str, bytes] | None:
+        if not self.tally.worst.wants(overconfidence(parts[0].scores.scores)):
+            return None
+        return draw_pictures(rgb, shown_HW, labels_HW, confidence_HW, self.model.colours, IGNORED)
+
+
+def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:
+    """Results of tasks that threads take, a core each, in the order of the tasks: sums of them do not depend on `workers`.
+
+    When it is left early, what is under way is ended and the rest dropped.
+    """
+
+    def run(task: Callable[[], T]) -> T:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        return task()
+
+    waiting = deque[Future[T]]()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(run, task))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def measure(

@@ -53,31 +53,41 @@ def render_report(
     order = sorted(range(len(done)), key=lambda i: (by[i] is None, sign * (by[i] or 0.0), done[i]["path"]))
     done = [done[i] for i in order]
     failed = [row for row in rows if row["status"] != "ok"]
-    environment = Environment(
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            version=run.get("version") or run.get("seguncert") or "",
+            maps=maps,
+            calibrated=run["calibration"] != "none",
+            samples=run.get("samples"),
+            drawn_to=maps[0].get("drawn_to", 1.0),
+            done=len(done),
+            failed=failed[:FAILED_LISTED],
+            failed_count=len(failed),
+            failed_open=len(failed) <= FAILED_OPEN,
+            averages=[(info, _average(_means(done, info["name"]))) for info in maps],
+            classes=[
+                (name, css(colour))
+                for name, colour in zip(run["model"]["classes"], run["model"]["colours"], strict=True)
+            ],
+            ramp=", ".join(css(colour) for colour in doubt_ramp("low")[::15]),
+            histograms=[_histogram(info, histograms[info["name"]]) for info in maps],
+            plot=PLOT,
+            data=Markup(_columns(run, maps, done, thumbnails)),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Templates of pages; text in them is escaped, and shown as far as a page can."""
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_showable,
     )  # fmt: skip
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    return environment.get_template("report.html").render(
-        run=run,
-        version=run.get("version") or run.get("seguncert") or "",
-        maps=maps,
-        calibrated=run["calibration"] != "none",
-        samples=run.get("samples"),
-        drawn_to=maps[0].get("drawn_to", 1.0),
-        done=len(done),
-        failed=failed[:FAILED_LISTED],
-        failed_count=len(failed),
-        failed_open=len(failed) <= FAILED_OPEN,
-        averages=[(info, _average(_means(done, info["name"]))) for info in maps],
-        classes=[
-            (name, _css(colour)) for name, colour in zip(run["model"]["classes"], run["model"]["colours"], strict=True)
-        ],
-        ramp=", ".join(_css(colour) for colour in doubt_ramp("low")[::15]),
-        histograms=[_histogram(info, histograms[info["name"]]) for info in maps],
-        plot=PLOT,
-        data=Markup(_columns(run, maps, done, thumbnails)),
-    )
+    found.filters["thousands"] = lambda number: f"{number:,}"
+    return found
 
 
 def _columns(run: dict[str, Any], maps: list[dict[str, Any]], done: list[dict[str, Any]], thumbnails: dict) -> str:
@@ -114,7 +124,7 @@ def _histogram(info: dict[str, Any], counts: list[int]) -> dict[str, Any]:
             height = max(1.0, tall * (1 + math.log10(share) / DECADES))
             bars.append({
                 "x": f"{PLOT['left'] + i * wide:.2f}", "y": f"{PLOT['bottom'] - height:.2f}",
-                "width": f"{wide:.2f}", "height": f"{height:.2f}", "colour": _css(ramp[min(255, int((2 * i + 1) * 128 / bins / drawn_to))]),
+                "width": f"{wide:.2f}", "height": f"{height:.2f}", "colour": css(ramp[min(255, int((2 * i + 1) * 128 / bins / drawn_to))]),
                 "title": f"{i / bins:.3g} to {(i + 1) / bins:.3g}: {_percent(share)} ({counts[i]:,} pixels)",
             })  # fmt: skip
     below, reached = 0, 0
@@ -169,7 +179,8 @@ def _percent(share: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
-def _css(colour: Any) -> str:
+def css(colour: Any) -> str:
+    """A colour as style sheets write it."""
     red, green, blue = (int(part) for part in colour)
     return f"#{red:02x}{green:02x}{blue:02x}"
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # a module imports only modules above it
-    "kernels", "moments", "video", "detection", "scores", "metrics", "conformal", "coverage", "maps", "image", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
-    "backends", "fused", "closed", "tail", "predict", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "evaluation", "cli",
+    "kernels", "moments", "video", "detection", "scores", "metrics", "conformal", "coverage", "maps", "image", "labels", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
+    "backends", "fused", "closed", "tail", "predict", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "clusters", "published", "worst", "tally", "figures", "findings", "evaluation", "cli",
 ]  # fmt: skip
 LEAVES = {"kernels", "moments", "image", "render", "store", "card"}
 
