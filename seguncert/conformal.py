@@ -325,27 +325,34 @@ UPPER_K = _upper_K()  # odds where each bin ends
 
 
 @compiled
-def _odds(e_CB, x, c, shown, others, kind, counted_C):
-    """s/(1 − s) of class c at a pixel of a block with e = exp(z − max z), Σ e − 1 = others; in [0, ∞]."""
-    if kind == FOREGROUND:
-        against, within = np.float32(0), np.float32(0)
-        for k in range(len(e_CB)):
-            if counted_C[k]:
-                within += e_CB[k, x]
-            else:
-                against += e_CB[k, x]
-        return against / within
-    if kind == LAC_EMPTY or (kind == LAC and c != shown):
-        return (others if c == shown else np.float32(1) + others - e_CB[c, x]) / e_CB[c, x]
-    if c == shown:
-        return np.float32(0)
-    before, rest = np.float32(0), np.float32(0)
-    for k in range(len(e_CB)):
-        if e_CB[k, x] > e_CB[c, x]:
-            before += e_CB[k, x]
+def _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B, within_B):
+    """s and 1 − s of a class at each pixel of a block, times Σ e, with e = exp(z − max z) and others = Σ e − 1.
+
+    Where the class is −1 they are 1 and 0, which no threshold but infinity lets in.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    for x in range(len(against_B)):
+        c, against, within = class_B[x], zero, zero
+        if c < 0:
+            against = one
+        elif kind == FOREGROUND:
+            for k in range(len(e_CB)):
+                if counted_C[k]:
+                    within += e_CB[k, x]
+                else:
+                    against += e_CB[k, x]
+        elif c == shown_B[x]:
+            within, against = one, others_B[x] if kind == LAC_EMPTY else zero
+        elif kind == APS:
+            for k in range(len(e_CB)):
+                if e_CB[k, x] > e_CB[c, x]:
+                    against += e_CB[k, x]
+                else:
+                    within += e_CB[k, x]
         else:
-            rest += e_CB[k, x]
-    return before / rest
+            within = e_CB[c, x]
+            against = others_B[x] + (one - within)
+        against_B[x], within_B[x] = against, within
 
 
 @compiled
@@ -353,22 +360,24 @@ def _count(logits_CN, labels_N, ignores, ignore_index, kind, by_class, counted_C
     """Add the odds of true classes to the histograms; False stands for success, True for a pixel without odds."""
     C, N = logits_CN.shape
     B, K = min(BLOCK, N), counts_GK.shape[1]
-    e_CB, shown_B = np.empty((C, B), np.float32), np.empty(B, np.int32)
+    e_CB, shown_B, class_B = np.empty((C, B), np.float32), np.empty(B, np.int32), np.empty(B, np.int32)
     max_B, others_B, squares_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
+    against_B, within_B = np.empty(B, np.float32), np.empty(B, np.float32)
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
         if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         for x in range(width):
             y = labels_N[start + x]
-            if ignores and y == ignore_index:
-                continue
-            if y < 0 or y >= C:
+            void = ignores and y == ignore_index
+            if not void and (y < 0 or y >= C):
                 return True
-            if counted_C[y]:
-                odds = _odds(e_CB, x, y, shown_B[x], others_B[x], kind, counted_C)
-                k = (np.int64(np.float32(odds).view(np.int32)) >> SHIFT) - LOWEST_BITS + 1
-                counts_GK[y if by_class else 0, min(max(k, 0), K - 1)] += 1
+            class_B[x] = y if not void and counted_C[y] else -1
+        _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B[:width], within_B[:width])
+        for x in range(width):
+            if class_B[x] >= 0:
+                k = (np.int64(np.float32(against_B[x] / within_B[x]).view(np.int32)) >> SHIFT) - LOWEST_BITS + 1
+                counts_GK[class_B[x] if by_class else 0, min(max(k, 0), K - 1)] += 1
     return False
 
 
@@ -377,18 +386,22 @@ def _apply(logits_CN, kind, counted_C, odds_C, inside_CN):
     """Mark the classes whose odds are at most their threshold; False stands for success."""
     C, N = logits_CN.shape
     B = min(BLOCK, N)
-    e_CB, shown_B = np.empty((C, B), np.float32), np.empty(B, np.int32)
+    e_CB, shown_B, class_B = np.empty((C, B), np.float32), np.empty(B, np.int32), np.empty(B, np.int32)
     max_B, others_B, squares_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
+    against_B, within_B = np.empty(B, np.float32), np.empty(B, np.float32)
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
         if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         for c in range(C):
-            if counted_C[c]:
-                reach = 1.001 * C * (1 + odds_C[c])
-                for x in range(width):
-                    # from class c on there is at most C e_c: where that is too little for the threshold, it is out
-                    if kind != APS or not e_CB[c, x] * reach < 1 + others_B[x]:
-                        odds = _odds(e_CB, x, c, shown_B[x], others_B[x], kind, counted_C)
-                        inside_CN[c, start + x] = odds <= odds_C[c]
+            odds, everywhere = np.float32(odds_C[c]), odds_C[c] == np.inf
+            if not counted_C[c]:
+                continue
+            reach = np.float32(1.001) * C * (1 + odds)
+            for x in range(width):
+                # from class c on aps has at most C e_c left: where that is too little for the threshold, it is out
+                class_B[x] = c if kind != APS or e_CB[c, x] * reach >= 1 + others_B[x] else -1
+            _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B[:width], within_B[:width])
+            for x in range(width):
+                inside_CN[c, start + x] = everywhere or against_B[x] <= odds * within_B[x]
     return False
