@@ -8,7 +8,8 @@ import torch
 from scipy.special import softmax
 from scipy.stats import betabinom, binom, binomtest
 
-from seguncert.conformal import Aim, ConformalSets
+from seguncert.apps.coverage import Kept, run_splits
+from seguncert.conformal import BINS, Aim, ConformalSets
 from seguncert.coverage import Coverage, beta_binomial_pmf, binomial_interval, binomial_pmf, central_band
 
 VOID = 255
@@ -102,6 +103,20 @@ def test_laws_of_scipy():
         assert pmf.sum() == pytest.approx(1) and pmf @ np.arange(m + 1) / m >= 1 - alpha - 1e-12
     with pytest.raises(ValueError, match="beta-binomial: expected n \\+ 1 ≥ 1/alpha. Received: n 8, alpha 0.1"):
         beta_binomial_pmf(5, 8, 0.1)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.05])
+def test_random_halves_follow_the_law(alpha):
+    rng = np.random.default_rng(0)
+    centre_I1 = rng.uniform(1000, 9000, (60, 1))
+    losses_IK = 1 / (1 + np.exp((np.arange(BINS) - centre_I1) / 300))
+    losses_IK[:, -1] = 0
+    kept = Kept(losses_IK.astype(np.float32), np.ones((60, BINS), np.float32))
+    splits = run_splits("lac", kept, alpha, 0.9, 300, seed=1)
+    law = betabinom(30, r := math.ceil(31 * (1 - alpha) - 1e-9), 31 - r)
+    assert splits.enough.mean() == pytest.approx(law.mean(), abs=4 * law.std() / math.sqrt(300))
+    assert splits.enough.std() == pytest.approx(law.std(), rel=0.25)
+    assert 1 - alpha - 0.01 <= splits.share.mean() <= 1 - alpha + 2 / 31
 
 
 def test_nothing_labelled():
