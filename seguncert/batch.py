@@ -19,6 +19,7 @@ from typing import Any, Literal
 import cv2
 import torch
 
+from seguncert.calibration import Calibration, find_calibration
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
 from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable
 from seguncert.model import Model, evaluating, load_model
@@ -60,6 +61,7 @@ def export(
     drop_path: bool = False,
     insert_dropout: Mapping[str, float] | None = None,
     maps: Sequence[str] | None = None,
+    calibration: str | os.PathLike[str] | Calibration | None = "auto",
     scale: str | float = "auto",
     tile: int | Literal["auto"] = "auto",
     format: str = "png16",
@@ -78,7 +80,7 @@ def export(
 
     Args:
         model: name or folder, or a loaded model; for the method ensemble several of them.
-        method, samples, seed, views, max_error, drop_path, maps, scale, tile: as in `seguncert.analyse`; the same masks for every image.
+        method, samples, seed, views, max_error, drop_path, maps, calibration, scale, tile: as in `seguncert.analyse`; the same masks for every image.
         carry: for frames of video, how much the frame before counts, between 0 and 1; see `seguncert.video`. Frames of a
             folder whose names differ only in their last number are a video, in the order of that number.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
@@ -118,7 +120,8 @@ def export(
         raise ValueError(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
-    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision)
+    fitted = find_calibration(calibration, models[0].folder, *settings.fitted_for(models))
+    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted)
     net, sampler, engine = job.engine(models, workers)
     store = Store(out, job.run_json(models, sampler, engine))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())

@@ -63,6 +63,12 @@ class Format(str, Enum):
 
 
 ModelOption = Annotated[str, typer.Option(help="bundled model (see `seguncert models`) or a model folder")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: the one that comes with the model for this method, if any; none; or a file of `calibrate`"
+    ),
+]
 ScaleOption = Annotated[str, typer.Option(help="auto (the size the model was trained at), native, or a factor")]
 DeviceOption = Annotated[Device, typer.Option(help="where the net runs")]
 
@@ -141,6 +147,7 @@ def export(
             " comma between; the first is drawn [default: confidence,entropy and margin, or mutual_information,variance]"
         ),
     ] = None,
+    calibration: CalibrationOption = "auto",
     scale: ScaleOption = "auto",
     tile: Annotated[
         str, typer.Option(help="pixels a side that a net is given at once; auto: 2048, or 896 of larger pictures")
@@ -184,6 +191,7 @@ def export(
             drop_path=drop_path,
             insert_dropout=_places(insert_dropout or []),
             maps=_listed(maps),
+            calibration=calibration,
             scale=scale,
             tile=_number("tile", tile),
             format=format.value,
@@ -231,6 +239,7 @@ def evaluate(
     maps: Annotated[
         str | None, typer.Option(help="judged by how well they find errors, beside confidence; names as of export")
     ] = None,
+    calibration: CalibrationOption = "auto",
     scale: ScaleOption = "auto",
     tile: Annotated[str, typer.Option(help="as of export")] = "auto",
     boundary: Annotated[int, typer.Option(min=0, help="pixels on either side of a boundary that are judged apart")] = 3,
@@ -279,6 +288,7 @@ def evaluate(
                     drop_path=drop_path,
                     insert_dropout=_places(insert_dropout or []),
                     maps=_listed(maps),
+                    calibration=calibration,
                     scale=scale,
                     tile=_number("tile", tile),
                     workers=workers,
@@ -357,6 +367,107 @@ def page(
         from seguncert.apps.app import launch
 
         launch(model, host, port)
+
+
+@app.command()
+def calibrate(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="folder of images that the model was not trained on")
+    ],
+    labels: Annotated[
+        Path, typer.Argument(metavar="LABELS", help="folder of PNG of class indices, named as the images")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.json", help="file to write")],
+    ignore_index: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none", help="label of pixels that do not count; none: every pixel is labelled. Required"
+        ),
+    ] = None,
+    calibrator: Annotated[
+        str,
+        typer.Option(
+            help="auto: what predicts held-out images best; temperature, vector, class-conditional, local, neighbourhood,"
+            " histogram, isotonic"
+        ),
+    ] = "auto",
+    rater: Annotated[
+        list[Path] | None,
+        typer.Option(help="labels of the same images by one more rater; what is fitted is the distribution of all"),
+    ] = None,
+    left_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="net trained with --leave-out SEQUENCE: stands in for the model on images of that sequence"),
+    ] = None,
+    all_pixels: Annotated[bool, typer.Option("--all-pixels", help="fit on all of them, not on one of twenty")] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="as of export; several times with the method ensemble [default: street]"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="as of export; each has a calibration of its own")] = "none",
+    samples: Annotated[int, typer.Option(min=2, help="of mc-dropout")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="of the samples, and of the pixels that are drawn")] = 0,
+    views: Annotated[str | None, typer.Option(help="of tta, as of export")] = None,
+    drop_path: Annotated[bool, typer.Option("--drop-path", help="as of export")] = False,
+    insert_dropout: Annotated[list[str] | None, typer.Option(metavar="PLACE:P", help="as of export")] = None,
+    scale: ScaleOption = "auto",
+    tile: Annotated[str, typer.Option(help="as of export")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    max_pixels: Annotated[int, typer.Option(min=1, help="larger images are named as failed")] = 100_000_000,
+) -> None:
+    """Fit a calibration on labelled images.
+
+    Then `export` and `evaluate` take it by --calibration OUT.json, and by themselves if it lies in the model's folder as
+    calibration-METHOD.json. Exit status 1: some images failed.
+    """
+    with _one_line_errors():
+        ignored, names = _ignored(ignore_index), model or ["street"]
+        err.print(f"loading {', '.join(names)} …")
+        from seguncert.calibrating import calibrate as learn
+        from seguncert.calibrating import table_of
+
+        with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
+            try:
+                result = learn(
+                    images,
+                    labels,
+                    out,
+                    names if len(names) > 1 else names[0],
+                    ignore_index=ignored,
+                    calibrator=calibrator,
+                    raters=rater or [],
+                    left_out=left_out or [],
+                    all_pixels=all_pixels,
+                    method=method,
+                    samples=samples,
+                    seed=seed,
+                    views=_listed(views),
+                    drop_path=drop_path,
+                    insert_dropout=_places(insert_dropout or []),
+                    scale=scale,
+                    tile=_number("tile", tile),
+                    workers=workers,
+                    device=device.value,
+                    max_pixels=max_pixels,
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                err.print("stopped; nothing was written, since a fit on some images would be taken for one on all")
+                raise typer.Exit(STOPPED) from None
+        header, rows = table_of(result)
+        if rows:
+            table = Table(*header, box=None)
+            for row in rows:
+                table.add_row(*row)
+            Console(markup=False, highlight=False).print(table)
+        for name, error in result.failed.items():
+            err.print(f"failed: {name}: {error}")
+        err.print(result.about)
+        err.print(f"calibration: {out}")
+    raise typer.Exit(FAILED if result.failed else 0)
 
 
 def _ignored(text: str | None) -> int | None:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seguncert import maps as maps_
 from seguncert.batch import Spec, list_images, load_models, sequences
+from seguncert.calibration import Calibration, Calibrator, find_calibration
 from seguncert.clusters import find_clusters
 from seguncert.findings import check_out, write_findings
 from seguncert.image import LARGE, MAX_BYTES, MAX_PIXELS, ImageError, read_image
@@ -40,21 +41,6 @@ PROTOCOLS = ("lts",)
 T = TypeVar("T")
 
 
-@runtime_checkable
-class Calibrator(Protocol):
-    """Logits in, logits out whose softmax are the probabilities."""
-
-    kind: str
-
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F h w"] | None:
-        """What it wants to know of the picture around each pixel, at the logits' scale."""
-
-    def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
-    ) -> Float[Tensor, "C R W"]:
-        """Calibrated logits of a band of rows; the features are what `look` gave, at the photo's size."""
-
-
 @dataclass(frozen=True)
 class Evaluated:
     """Outcome: images judged and failed, `metrics` as in metrics.json."""
@@ -72,7 +58,7 @@ def evaluate(
     model: Model | Sequence[Model] | Spec = "street",
     *,
     ignore_index: int | None,
-    calibration: Calibrator | None = None,
+    calibration: str | os.PathLike[str] | Calibration | None = "auto",
     boundary: int = 3,
     replicates: int = 200,
     protocol: Literal["lts"] | None = None,
@@ -103,8 +89,7 @@ def evaluate(
     Args:
         labels: folder of 8- or 16-bit PNG of class indices, each of its image's relative path without suffix.
         ignore_index: label of pixels that do not count; None declares that there are none.
-        calibration: what turns logits into calibrated ones; figures from before it are then made too. Maps of the
-            samples' spread are not changed by it.
+        calibration: as in `seguncert.analyse`; figures from before it are made too.
         boundary: width in pixels of the band along boundaries between classes, on either side.
         replicates: of the bootstrap over `seguncert.clusters`, drawn from `seed`.
         protocol: lts adds the errors of `seguncert.published`.
@@ -131,15 +116,18 @@ def evaluate(
     models, _ = load_models(model, device, insert_dropout or {}, method)
     scale_factor(models[0], 1, 1, scale)
     workers = 1 if carry is not None else workers or min(available_cores(), 16)
+    fitted = find_calibration(calibration, models[0].folder, *settings.fitted_for(models))
+    calibrator = fitted.calibrator if fitted else None
     job = Job(
-        images, settings, max_pixels=max_pixels, insert_dropout=dict(insert_dropout or {}), backend=backend, precision=precision
+        images, settings, max_pixels=max_pixels, insert_dropout=dict(insert_dropout or {}), backend=backend,
+        precision=precision, calibration=fitted,
     )  # fmt: skip
     net, sampler, engine = job.engine(models, workers)
     tally = Tally.empty(
-        net.classes, settings.maps, find_clusters(paths), calibrated=calibration is not None, published=protocol == "lts",
+        net.classes, settings.maps, find_clusters(paths), calibrated=calibrator is not None, published=protocol == "lts",
         replicates=replicates, seed=seed,
     )  # fmt: skip
-    judge = _Judge(job, net, sampler, of_image, ignore_index, boundary, calibration, tally)
+    judge = _Judge(job, net, sampler, of_image, ignore_index, boundary, calibrator, tally)
     threads = torch.get_num_threads(), cv2.getNumThreads()
     try:
         with (
@@ -157,7 +145,7 @@ def evaluate(
         cv2.setNumThreads(threads[1])
     run = job.run_json(models, sampler, engine) | {
         "labels": str(labels.resolve()), "ignore_index": ignore_index, "boundary": boundary, "replicates": replicates,
-        "seed": seed, "calibration": "none" if calibration is None else calibration.kind, "protocol": protocol,
+        "seed": seed, "protocol": protocol,
     }  # fmt: skip
     return Evaluated(out, tally.done, tally.failed, write_findings(tally, run, out))
 

@@ -25,6 +25,7 @@ import torch
 
 from seguncert import maps as maps_
 from seguncert import render
+from seguncert.calibration import Calibration, Calibrator
 from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
 from seguncert.predict import on_backend
@@ -52,6 +53,17 @@ class Job:
     insert_dropout: dict[str, float] = field(default_factory=dict)
     backend: str = "torch"
     precision: str = "auto"
+    calibration: Calibration | None = None
+
+    @property
+    def calibrator(self) -> Calibrator | None:
+        """What is done to the logits."""
+        return self.calibration.calibrator if self.calibration else None
+
+    @property
+    def calibrated(self) -> str:
+        """That in a few words."""
+        return self.calibration.about if self.calibration else "none"
 
     def engine(self, models: Sequence[Model], workers: int) -> tuple[Model, Sampler | None, dict[str, Any]]:
         """The model on its backend, or a sampler of all models on it; and what run.json says of them."""
@@ -91,7 +103,8 @@ class Job:
             **({"models": about} if len(about) > 1 else {}),
             "method": self.settings.method,
             **engine,
-            "calibration": "none",
+            "calibration": self.calibrated,
+            **({"calibrator": self.calibration.parameters} if self.calibrator and self.calibration else {}),
             "scale": str(self.settings.scale),
             "tile": self.settings.tile,
             "format": self.format,
@@ -168,8 +181,10 @@ def process(
         return line | {"error": f"failed inside: {error}"}, {}
     except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
         return line | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
-    done = {"status": "ok", "note": photo.note, "height": H, "width": W}
-    return line | done | found | {"seconds": round(time.perf_counter() - started, 4)}, files
+    found["note"] = "; ".join(filter(None, [photo.note, found.get("note")]))
+    return line | {"status": "ok", "height": H, "width": W} | found | {
+        "seconds": round(time.perf_counter() - started, 4)
+    }, files
 
 
 def readable(job: Job, path: str) -> bool:
@@ -212,16 +227,17 @@ def _in_memory(
     sums = _sums(job, sampler)
     if sampler is None and job.settings.needs_sampler(model, H, W):
         sampler = job.settings.sampler([model])
-    logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry)
-    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps)
+    logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry, job.calibrator)
+    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps, job.calibrator)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
     for name, map_HW in found.items():
         suffix, content = _encode(map_HW, job.format)
         files[name + suffix] = content
     for name, map_HW in [*found.items(), *((_error(name), each) for name, each in errors.items())]:
         sums[name].add(map_HW)
-    files["overlay.jpg"] = _overlay(rgb, found[job.settings.maps[0]], job.settings.maps[0], len(model.classes))
-    return _told(job, sums, moments.n if job.settings.samples == "auto" and moments else None), files
+    files["overlay.jpg"] = _overlay(job, rgb, found[job.settings.maps[0]], len(model.classes))
+    told = _told(job, sums, moments.n if job.settings.samples == "auto" and moments else None)
+    return told | {"note": job.calibrator.unfamiliar(logits) if job.calibrator else ""}, files
 
 
 def _in_blocks(
@@ -236,7 +252,7 @@ def _in_blocks(
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
     sheets = {name: Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
     labels = Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
-    blocks = describe_blocks(model, sampler, rgb, job.settings)
+    blocks = describe_blocks(model, sampler, rgb, job.settings, job.calibrator)
     torch.set_num_threads(available_cores())  # it waited until it was alone
     for rows, columns, labels_RW, maps_RW, moments in blocks:
         labels.put(rows, columns, labels_RW)
@@ -254,8 +270,9 @@ def _in_blocks(
     for name, sheet in sheets.items():
         suffix, file = sheet.save(job.format)
         files[name + suffix] = file
-    files["overlay.jpg"] = _overlay(small, first, job.settings.maps[0], len(model.classes))
-    return _told(job, sums, None), files
+    files["overlay.jpg"] = _overlay(job, small, first, len(model.classes))
+    whole = job.calibrator is not None and "picture" in getattr(job.calibrator, "names", ())
+    return _told(job, sums, None) | {"note": "calibrated block by block" if whole else ""}, files
 
 
 def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:
@@ -306,11 +323,11 @@ def _told(job: Job, sums: dict[str, _Sums], samples: int | None) -> dict[str, An
     }
 
 
-def _overlay(rgb: np.ndarray, map_HW: np.ndarray, name: str, C: int) -> bytes:
+def _overlay(job: Job, rgb: np.ndarray, map_HW: np.ndarray, C: int) -> bytes:
     if max(rgb.shape) > render.JPEG_LONGEST - 200:  # leave room for the legend
         rgb = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
         map_HW = cv2.resize(map_HW, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return render.encode_jpeg(draw_overlay(rgb, map_HW, name, C))
+    return render.encode_jpeg(draw_overlay(rgb, map_HW, job.settings.maps[0], C, job.calibrated))
 
 
 def _encode(map_HW: np.ndarray, format: str) -> tuple[str, bytes]:

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,6 +35,7 @@ class Model:
 
     `module` takes (1, 3, h, w) float32, RGB/255 normalised by `mean` and `std`, sides divisible by `divisor`, and gives
     logits: (1, C, h', w'), or (1, 1, h', w') for a sigmoid head with C = 2.
+    `folder` is where it was loaded from.
     `frame` is the (height, width) in pixels of the whole pictures it was trained on; None where the size of a pixel
     matters and not the frame (microscopy): such a model sees every picture at its own size.
     """
@@ -50,6 +51,7 @@ class Model:
     head: Literal["softmax", "sigmoid"] = "softmax"
     sha256: str = ""
     card: dict[str, Any] = field(default_factory=dict, repr=False)
+    folder: Path | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +103,8 @@ def load_model(
     card = card | {"dropout": card["dropout"] + inserted}
     for dropout in card["dropout"]:
         put_dropout(net, dropout["before"], dropout["p"])
-    return _model(net.to(pick_device(device)).to(memory_format=torch.channels_last), card, digest)
+    model = _model(net.to(pick_device(device)).to(memory_format=torch.channels_last), card, digest)
+    return replace(model, folder=folder)
 
 
 def load_net(folder: str | os.PathLike[str]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +14,18 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 
 from seguncert import maps as maps_
+from seguncert.calibration import Calibration, Calibrator, calibrated_rows, find_calibration
 from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.moments import Moments
-from seguncert.predict import predict_logits, rows_at_size, scale_factor
+from seguncert.predict import predict_logits, scale_factor
 from seguncert.tiles import LEAST, Sampler, fits
 from seguncert.video import Carry
 
 OF_ONE_PASS = ("confidence", "entropy", "margin")
 OF_MANY = ("confidence", "entropy", "mutual_information", "variance")
-NOT_CALIBRATED = "not calibrated"
+NOT_CALIBRATED, SPREAD = "not calibrated", "of the samples, before calibration"
 AUTO_BATCH, AUTO_LEAST, AUTO_MOST = 10, 4, 100  # samples at once, and how many times at least and at most
 AUTO_SHARE = 0.99  # of the pixels that must be known well enough
 
@@ -36,12 +38,14 @@ class Result:
         rgb: the photo (H, W, 3) uint8 as it was decoded.
         labels: (H, W) int64, the most probable class.
         maps: name -> (H, W) float32 in [0, 1]; see `seguncert.maps` for formulas.
-        logits: of the predictive distribution: those of one pass, at the net's scale, or ln p̄ of the samples.
-        calibration: "none" while the numbers are the net's own softmax.
+        logits: of the predictive distribution before calibration: those of one pass, at the net's scale, or ln p̄ of
+            the samples.
+        calibration: what was done to the net's own softmax, "none" if nothing; see `seguncert.calibration`.
         moments: of the samples, where there are any; `moments.n` is their number.
         errors: name -> (H, W) float32, Monte-Carlo standard error of a map, in the map's own unit of full scale: what
             another number of samples, or another seed, would change. For `samples="auto"` of every map, else of the confidence.
-        note: what had to be done to read the photo; "" if nothing.
+        note: what had to be done to read the photo, and whether it is unlike all that the calibration has seen; "" if
+            neither.
     """
 
     rgb: UInt8[np.ndarray, "H W 3"] = field(repr=False)
@@ -54,13 +58,14 @@ class Result:
     moments: Moments | None = field(default=None, repr=False)
     errors: dict[str, Float[np.ndarray, "H W"]] = field(default_factory=dict, repr=False)
     note: str = ""
+    calibrator: Calibrator | None = field(default=None, repr=False)
 
     @cached_property
     def probabilities(self) -> Float[np.ndarray, "C H W"]:
-        """Softmax (C, H, W) float32; sums to 1 over C."""
+        """Calibrated softmax (C, H, W) float32; sums to 1 over C."""
         H, W = self.labels.shape
         probs_CHW = np.empty((len(self.classes), H, W), np.float32)
-        for rows, logits_CRW in rows_at_size(self.logits, H, W):
+        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, H, W):
             probs_CHW[:, rows] = logits_CRW.softmax(0).numpy()
         return probs_CHW
 
@@ -68,7 +73,7 @@ class Result:
         """The photo under one map, with its legend below: clear where sure, coloured where doubtful."""
         if name not in self.maps:
             raise ValueError(f"overlay: expected one of the maps {', '.join(self.maps)}. Received: {name!r}")
-        return draw_overlay(self.rgb, self.maps[name], name, len(self.classes))
+        return draw_overlay(self.rgb, self.maps[name], name, len(self.classes), self.calibration)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,15 @@ class Settings:
         """`tile` as a number, or None."""
         return None if isinstance(self.tile, str) else self.tile
 
+    def fitted_for(self, models: Sequence[Model]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Model and way of sampling, as a calibration knows them: whatever decides how logits are distributed."""
+        inserted = [each for each in models[0].card.get("dropout", []) if each.get("inserted")]
+        sampling = {
+            "method": self.method, "scale": str(self.scale), "views": self.views and list(self.views), "carry": self.carry,
+            "drop_path": self.drop_path or None, "inserted_dropout": inserted or None,
+        }  # fmt: skip
+        return identity(models), {key: value for key, value in sampling.items() if value is not None}
+
     def sampler(self, models: Sequence[Model], **engine: Any) -> Sampler:
         """As `seguncert.views.make_sampler`, which brings numba: half a second that one pass need not wait for."""
         from seguncert.views import make_sampler
@@ -157,6 +171,7 @@ def analyse(
     carry: Carry | None = None,
     drop_path: bool = False,
     maps: Sequence[str] | None = None,
+    calibration: str | os.PathLike[str] | Calibration | None = "auto",
     scale: str | float = "auto",
     tile: int | Literal["auto"] = "auto",
 ) -> Result:
@@ -174,12 +189,15 @@ def analyse(
         drop_path: whether timm's stochastic depth is dropout too.
         maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
             and variance.
+        calibration: auto is the one that comes with the model for this method, if there is one; none, a file that
+            `seguncert calibrate` wrote, or what `load_calibration` gives. It changes the probabilities and the maps of
+            them; mutual information and variance describe the samples, before calibration.
         tile: pixels a side that a net is given at once; auto is 2,048, or 896 of larger pictures.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
         ModelError: the net gave values that are not finite, or has no dropout to sample.
-        ValueError: unknown method, map or scale, or fewer than two samples.
+        ValueError: unknown method, map or scale, fewer than two samples, or a calibration for another model or method.
     """
     models = [model] if isinstance(model, Model) else list(model)
     if not models or not all(isinstance(each, Model) for each in models):
@@ -203,14 +221,26 @@ def analyse(
         except ImageError as error:
             raise error if isinstance(image, bytes) else ImageError(f"{os.fspath(image)}: {error}") from None
     H, W = photo.rgb.shape[:2]
+    fitted = find_calibration(calibration, models[0].folder, *settings.fitted_for(models))
+    calibrator = fitted.calibrator if fitted else None
     plain = len(models) == 1 and not settings.needs_sampler(models[0], H, W)
     sampler = None if plain else settings.sampler(models)
-    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry)
-    labels, found = describe_photo(logits, moments, H, W, settings.maps)
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator)
+    labels, found = describe_photo(logits, moments, H, W, settings.maps, calibrator)
+    strange = calibrator.unfamiliar(logits) if calibrator else ""
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
-        moments=moments if method != "none" else None, errors=errors, note=photo.note,
+        fitted.about if fitted else "none", moments if method != "none" else None, errors,
+        "; ".join(filter(None, [photo.note, strange])), calibrator,
     )  # fmt: skip
+
+
+def identity(models: Sequence[Model]) -> dict[str, Any]:
+    """Name, sha256 and classes; those of an ensemble are of all its nets."""
+    digests = [model.sha256 for model in models]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()
+    names = " + ".join(model.name for model in models)
+    return {"name": names, "sha256": digest if all(digests) else "", "classes": list(models[0].classes)}
 
 
 def chosen_views(views: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -233,24 +263,29 @@ def predict_photo(
     rgb: UInt8[np.ndarray, "H W 3"],
     settings: Settings,
     carry: Carry | None = None,
+    calibrator: Calibrator | None = None,
 ) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
-    """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors."""
+    """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors.
+
+    The logits are not calibrated; what samples auto wants to know are the maps after `calibrator`.
+    """
     if sampler is None:
         assert carry is None
         return predict_logits(model, rgb, settings.scale), None, {}
     if isinstance(settings.samples, str):
-        moments, errors = _until_known(sampler, rgb, settings)
+        moments, errors = _until_known(sampler, rgb, settings, calibrator)
     else:
         moments = sampler.moments(rgb, settings.samples, settings.seed, settings.scale, settings.pixels)
         if carry is not None:
             moments = carry.blend(rgb, moments)
         known = "confidence" in settings.maps and sampler.drawn and sampler.alike and carry is None
+        # of the confidence before calibration: what it does to each sample cannot be said
         errors = {"confidence": moments.standard_error_HW().numpy()} if known else {}
     return moments.log_mean_CHW(), moments, errors
 
 
 def _until_known(
-    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings
+    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings, calibrator: Calibrator | None
 ) -> tuple[Moments, dict[str, Float[np.ndarray, "H W"]]]:
     """Batches of samples until the first map is known; the standard error is that of the mean of the batches' maps."""
     H, W, names = *rgb.shape[:2], settings.maps
@@ -259,7 +294,7 @@ def _until_known(
     squares = {name: np.zeros((H, W), np.float32) for name in names}
     batches = sampler.batches(rgb, AUTO_BATCH, settings.seed, settings.scale, settings.pixels)
     for number, batch in enumerate(batches, 1):
-        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names)[1]
+        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names, calibrator)[1]
         moments.merge(batch)
         for name, map_HW in found.items():
             delta_HW = map_HW - mean[name]
@@ -273,14 +308,19 @@ def _until_known(
 
 
 def describe_photo(
-    logits: Float[torch.Tensor, "C h w"], moments: Moments | None, H: int, W: int, names: Sequence[str]
+    logits: Float[torch.Tensor, "C h w"],
+    moments: Moments | None,
+    H: int,
+    W: int,
+    names: Sequence[str],
+    calibrator: Calibrator | None = None,
 ) -> tuple[UInt8[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
-    """Labels and maps at the photo's own size, band by band."""
+    """Labels and maps at the photo's own size, calibrated, band by band; the spread of samples is not calibrated."""
     assert moments is not None or not set(names) & set(maps_.OF_SAMPLES)
     labels_HW = np.empty((H, W), np.uint8)
     found = {name: np.empty((H, W), np.float32) for name in names}
     with torch.inference_mode():
-        for rows, logits_CRW in rows_at_size(logits, H, W):
+        for rows, logits_CRW in calibrated_rows(calibrator, logits, H, W):
             labels_RW, maps_RW = maps_.describe(logits_CRW, names)
             if moments is not None:
                 maps_RW |= maps_.describe_spread(moments.at(rows), names)
@@ -291,21 +331,28 @@ def describe_photo(
 
 
 def describe_blocks(
-    model: Model, sampler: Sampler | None, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings
+    model: Model,
+    sampler: Sampler | None,
+    rgb: UInt8[np.ndarray, "H W 3"],
+    settings: Settings,
+    calibrator: Calibrator | None = None,
 ) -> Iterator[tuple[slice, slice, UInt8[np.ndarray, "R W"], dict[str, Float[np.ndarray, "R W"]], Moments]]:
-    """Rows, columns, labels, maps and moments of one block after another, for photos too large to hold their maps."""
+    """Rows, columns, labels, maps and moments of one block after another, for photos too large to hold their maps.
+
+    To a calibrator that looks at the whole picture, each block is one.
+    """
     sampler = sampler or settings.sampler([model])
     assert not isinstance(settings.samples, str)
     for rows, columns, moments in sampler.blocks(rgb, settings.samples, settings.seed, settings.scale, settings.pixels):
         R, W = moments.entropy_HW.shape
-        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps)
+        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps, calibrator)
         yield rows, columns, labels_RW, found, moments
 
 
 def draw_overlay(
-    rgb: UInt8[np.ndarray, "H W 3"], map_HW: Float[np.ndarray, "H W"], name: str, C: int
+    rgb: UInt8[np.ndarray, "H W 3"], map_HW: Float[np.ndarray, "H W"], name: str, C: int, calibration: str = "none"
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The photo under the map `name` of a model with C classes, legend below."""
+    """The photo under the map `name` of a model with C classes, legend below, which says how it was calibrated."""
     info = maps_.MAPS[name]
     highest = info.full_scale(C) * info.drawn_to
     return overlay_picture(
@@ -315,5 +362,12 @@ def draw_overlay(
         unit=info.unit + (f", {highest:.2g} and more drawn alike" if info.drawn_to < 1 else ""),
         sure_is=info.sure_is,
         full_scale=highest,
-        note=NOT_CALIBRATED,
+        note=legend_note(name, calibration),
     )
+
+
+def legend_note(name: str, calibration: str) -> str:
+    """What a legend says of the calibration of a map."""
+    if name in maps_.OF_SAMPLES:
+        return SPREAD
+    return NOT_CALIBRATED if calibration == "none" else f"calibrated: {calibration}"

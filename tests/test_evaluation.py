@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import cv2
@@ -15,10 +16,12 @@ import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 
+from seguncert.calibration import Calibration
 from seguncert.evaluation import evaluate, in_order, measure, total
 from seguncert.image import read_image
-from seguncert.model import load_model, wrap_model
+from seguncert.model import Model, load_model, wrap_model
 from seguncert.predict import predict_logits, rows_at_size
+from seguncert.run import Settings
 from seguncert.scores import Scores
 from seguncert.store import StoreError
 
@@ -50,8 +53,13 @@ def model(small_model):
     return load_model(small_model)
 
 
-def judged(folder, model, out="out", **settings):
+def judged(folder, model, out="out", calibrator=None, **settings):
     settings = {"ignore_index": VOID, "workers": 1, "replicates": 20} | settings
+    if calibrator is not None:
+        loaded = model if isinstance(model, Model) else load_model(model, "auto", settings.get("insert_dropout"))
+        settings["calibration"] = Calibration(
+            calibrator, *Settings(settings.get("method", "none")).fitted_for([loaded])
+        )
     return evaluate(folder / "images", folder / "labels", folder / out, model, **settings)
 
 
@@ -78,7 +86,7 @@ def ece(forecast, event, bins=15):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_figures_equal_those_of_plain_float64(folder, model, calibrated):
-    result = judged(folder, model, calibration=Sharper() if calibrated else None)
+    result = judged(folder, model, calibrator=Sharper() if calibrated else None)
     saved = json.loads((folder / "out" / "metrics.json").read_text())
     assert saved == result.metrics and (result.done, result.failed) == (8, 0)
     for metrics, scale in [(saved, 2.0), (saved["before"], 1.0)] if calibrated else [(saved, 1.0)]:
@@ -109,13 +117,18 @@ def test_figures_equal_those_of_plain_float64(folder, model, calibrated):
         assert float(row["overconfidence"]) == pytest.approx(p.max(1).mean() - (p.argmax(1) == y).mean(), abs=1e-5)
 
 
+@dataclass(frozen=True)
 class Sharper:
     """Logits times two."""
 
     kind = "sharper"
+    keeps_labels = True
 
     def look(self, logits):
         return None
+
+    def unfamiliar(self, logits):
+        return ""
 
     def __call__(self, logits, features):
         return 2 * logits
@@ -123,11 +136,14 @@ class Sharper:
 
 def test_before_calibration_is_what_there_is_without_it_and_the_change_is_paired(folder, model):
     plain = judged(folder, model, out="plain").metrics
-    both = judged(folder, model, calibration=Sharper()).metrics
+    both = judged(folder, model, calibrator=Sharper()).metrics
     assert both["before"] == {name: value for name, value in plain.items() if name != "protocol"}
     assert both["change"]["nll"] == pytest.approx(both["nll"] - plain["nll"])
     assert both["change"]["accuracy_interval"] == [0, 0], "the same clusters are drawn before and after"
-    assert (plain["protocol"]["calibration"], both["protocol"]["calibration"]) == ("none", "sharper")
+    assert (plain["protocol"]["calibration"], both["protocol"]["calibration"]) == (
+        "none",
+        "sharper, fitted on ? pictures",
+    )
     assert {"before_nll", "nll"} <= set(rows_of(folder)[0]) and "before_nll" not in rows_of(folder, "plain")[0]
 
 
@@ -142,7 +158,7 @@ def test_a_calibrator_gets_what_it_saw_of_the_whole_at_the_photos_size(folder, m
             seen.append((logits, features))
             return logits
 
-    judged(folder, model, calibration=Looking())
+    judged(folder, model, calibrator=Looking())
     assert len(seen) >= 8
     for logits, features in seen:
         torch.testing.assert_close(features, torch.stack([logits.sum(0), logits[0]]), atol=1e-4, rtol=1e-4)
@@ -154,7 +170,7 @@ def test_a_calibration_that_gives_nan_fails_image_by_image(folder, model):
             return logits * torch.nan
 
     with pytest.raises(ValueError, match="Received: 8 that failed, the first is a/drive_0.jpg: .*NaN"):
-        judged(folder, model, calibration=Broken())
+        judged(folder, model, calibrator=Broken())
     assert len(rows_of(folder)) == 8 and not (folder / "out" / "metrics.json").exists()
 
 
@@ -169,7 +185,7 @@ def test_what_is_written_does_not_depend_on_the_number_of_workers(folder, small_
 def test_maps_of_samples_are_judged_and_not_calibrated(folder, small_model):
     result = judged(
         folder, small_model, method="mc-dropout", samples=3, seed=4, insert_dropout={"segmentation_head": 0.3},
-        calibration=Sharper(),
+        calibrator=Sharper(),
     )  # fmt: skip
     assert 0 < result.metrics["error_auroc.mutual_information"] < 1 and "aurc.variance" in result.metrics
     sums = {name: result.metrics[name] for name in ("error_auroc.mutual_information", "aurc.variance")}

@@ -1,0 +1,269 @@
+"""A labelled folder in, a calibration out: pictures pass by once, pixels are drawn from them, a calibrator is fitted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+
+from seguncert.batch import Spec, load_models, sequences
+from seguncert.calibration import FEATURES, KINDS, WINDOWS, Calibration, CalibrationError, features, window_evidence
+from seguncert.evaluation import in_order
+from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
+from seguncert.image import MAX_BYTES, MAX_PIXELS, read_image
+from seguncert.job import PIXELS, Job, available_cores
+from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.model import Model, evaluating, load_model
+from seguncert.predict import rows_at_size
+from seguncert.run import Settings, chosen_views, predict_photo
+from seguncert.tiles import Sampler
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Outcome: the calibration, what each kind brought on held-out pictures if that was asked for, and what failed."""
+
+    calibration: Calibration
+    candidates: list[Candidate]
+    pixels: int
+    pictures: int
+    failed: dict[str, str]
+
+    @property
+    def about(self) -> str:
+        """What was fitted, and what it can be trusted for."""
+        found, held_out = self.calibration, self.calibration.protocol["held_out"]
+        kind = "none: no calibrator was surely better" if found.calibrator is None else found.kind
+        text = f"{kind}, fitted on {self.pixels} pixels of {self.pictures} images"
+        if held_out and held_out["by"] != "sequence":
+            text += (
+                ". All are of fewer than three sequences, so nothing is known of other scenes, and no more than one"
+                " temperature was tried; name a calibrator to have another"
+            )
+        return text
+
+
+def calibrate(
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    model: Model | Sequence[Model] | Spec = "street",
+    *,
+    ignore_index: int | None,
+    calibrator: str = "auto",
+    raters: Sequence[str | os.PathLike[str]] = (),
+    left_out: Sequence[str | os.PathLike[str]] = (),
+    all_pixels: bool = False,
+    method: str = "none",
+    samples: int = 20,
+    seed: int = 0,
+    views: Sequence[str] | None = None,
+    drop_path: bool = False,
+    insert_dropout: Mapping[str, float] | None = None,
+    scale: str | float = "auto",
+    tile: int | Literal["auto"] = "auto",
+    workers: int | None = None,
+    device: str = "auto",
+    backend: str = "torch",
+    precision: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Calibrated:
+    """Fit a calibration on labelled images that the model was not trained on, and write it to `out` as JSON.
+
+    One pixel of twenty is drawn, a million at most, so that memory does not grow with the number of images.
+
+    Args:
+        labels: folder of 8- or 16-bit PNG of class indices, each of its image's relative path without suffix.
+        ignore_index: label of pixels that do not count; None declares that there are none.
+        calibrator: one of `seguncert.calibration.KINDS`, or auto: what predicts held-out images best, see
+            `seguncert.fitting.choose`.
+        raters: more folders of labels of the same images; what is fitted is the distribution of what the raters say.
+        left_out: folders of nets that `seguncert.apps.train --leave-out SEQUENCE` made: on images of that sequence (their
+            names begin so) they stand in for the model, which may have been trained on these.
+        all_pixels: draw every labelled pixel, and keep them all.
+        method, samples, seed, views, drop_path, insert_dropout, scale, tile, workers, device, backend, precision,
+            max_pixels, progress: as in `seguncert.export`.
+
+    Raises:
+        CalibrationError: nothing can be fitted, for the reason that it says.
+        ValueError: a setting is wrong, or there is no image with a label.
+    """
+    images, out = Path(images), Path(out)
+    if calibrator not in ("auto", *KINDS):
+        raise CalibrationError(f"calibrator: expected auto or one of {', '.join(KINDS)}. Received: {calibrator!r}")
+    if out.is_dir() or not out.parent.is_dir() or out.suffix != ".json":
+        raise ValueError(f"OUT: expected a file ending in .json in a folder that is there. Received: {out}")
+    settings = Settings(method, samples, seed, chosen_views(views), drop_path=drop_path, scale=scale, tile=tile)
+    pairs = find_pairs(images, labels)
+    further = [dict(find_pairs(images, folder)) for folder in raters]
+    models, _ = load_models(model, device, insert_dropout or {}, method)
+    workers = workers or min(available_cores(), 16)
+    job = Job(images, settings, "png16", max_pixels, dict(insert_dropout or {}), backend, precision)
+    names = tuple(FEATURES) if calibrator in ("auto", "local", "neighbourhood") else ()
+    more: dict[str, Any] = {"run": 1, "most": 1 << 62} if all_pixels else {"most": MOST >> 1} if names else {}
+    pixels, failed = Pixels(len(models[0].classes), names, models[0].frame, seed, **more), dict[str, str]()
+    named = [path.relative_to(images).as_posix() for path, _ in pairs]
+    group = {path: frames[0] for frames in sequences(named) for path in frames}
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        with ExitStack() as stack:
+            nets = [_Net("", models[0].sha256, *_ready(stack, job, models, workers))]
+            for folder in left_out:
+                nets += _stand_ins(stack, job, folder, models[0], device, workers)
+
+            def tasks() -> Iterator[Callable[[], Drawn | _Failed]]:
+                for name, (image, label) in zip(named, pairs, strict=True):
+                    net = next((each for each in nets[1:] if image.name.startswith(each.sequence)), nets[0])
+                    every = [label, *(folder[image] for folder in further)]
+                    yield partial(_draw, job, net, pixels, image, every, name, group[name], ignore_index)
+
+            for drawn in stack.enter_context(closing(in_order(tasks(), workers))):
+                if isinstance(drawn, Drawn):
+                    pixels.add(drawn)
+                else:
+                    failed[drawn.name] = drawn.error
+                if progress is not None:
+                    progress(len(pixels.drawn), len(failed), len(pairs))
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+    kind, candidates, how = choose(pixels) if calibrator == "auto" else (calibrator, [], {})
+    protocol = {
+        "pictures": len(pixels.drawn), "pixels": len(pixels), "raters": 1 + len(raters), "ignore_index": ignore_index,
+        "samples": samples if "mc-dropout" in method else None, "seed": seed, "asked_for": calibrator, "held_out": how,
+        "left_out": {each.sequence: each.sha256 for each in nets[1:]}, "seguncert": version("seguncert"),
+    }  # fmt: skip
+    measured = {"candidates": [asdict(each) for each in candidates]} if candidates else {}
+    fitted = None if kind == "none" else fit(kind, pixels)
+    calibration = Calibration(fitted, *settings.fitted_for(models), protocol, measured)
+    calibration.save(out)
+    return Calibrated(calibration, candidates, len(pixels), len(pixels.drawn), failed)
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A net for the images whose names begin with `sequence`."""
+
+    sequence: str
+    sha256: str
+    model: Model
+    sampler: Sampler | None
+
+
+@dataclass(frozen=True)
+class _Failed:
+    name: str
+    error: str
+
+
+def _ready(stack: ExitStack, job: Job, models: list[Model], workers: int) -> tuple[Model, Sampler | None]:
+    model, sampler, _ = job.engine(models, workers)
+    stack.enter_context(sampler.ready() if sampler else evaluating(model.module))
+    return model, sampler
+
+
+def _stand_ins(
+    stack: ExitStack, job: Job, folder: str | os.PathLike[str], model: Model, device: str, workers: int
+) -> list[_Net]:
+    net = load_model(folder, device, job.insert_dropout)
+    left_out = (net.card.get("recipe") or {}).get("leave_out") or []
+    if net.classes != model.classes or not left_out:
+        raise CalibrationError(
+            f"left-out: expected a net of the classes of {model.name} that was trained with --leave-out."
+            f" Received: {folder}, with {len(net.classes)} classes, trained without {', '.join(left_out) or 'nothing'}."
+        )
+    ready = _ready(stack, job, [net], workers)
+    return [_Net(sequence, net.sha256, *ready) for sequence in left_out]
+
+
+def _draw(
+    job: Job,
+    net: _Net,
+    pixels: Pixels,
+    image: Path,
+    labels: list[Path],
+    name: str,
+    group: str,
+    ignore_index: int | None,
+) -> Drawn | _Failed:
+    """Pixels of one image; what is wrong with it becomes one line."""
+    try:
+        return _drawn(job, net, pixels, image, labels, name, group, ignore_index)
+    except (ValueError, OSError) as error:
+        return _Failed(name, " ".join(str(error).split())[:500])
+    except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
+        return _Failed(name, f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _drawn(
+    job: Job,
+    net: _Net,
+    pixels: Pixels,
+    image: Path,
+    labels: list[Path],
+    name: str,
+    group: str,
+    ignore_index: int | None,
+) -> Drawn:
+    C, settings = pixels.C, job.settings
+    photo = read_image(image, max_pixels=job.max_pixels, max_bytes=max(MAX_BYTES, 8 * job.max_pixels))
+    H, W = photo.rgb.shape[:2]
+    every = [read_label(label, C, ignore_index) for label in labels]
+    for label, labels_HW in zip(labels, every, strict=True):
+        if labels_HW.shape != (H, W):
+            raise ValueError(f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}")  # fmt: skip
+    labelled = np.logical_or.reduce([labels_HW != IGNORED for labels_HW in every])
+    at_N = pixels.picker(name, np.flatnonzero(labelled))
+    with PIXELS.take(H * W * (1 + C // 3)):
+        sampler = net.sampler
+        if sampler is None and settings.needs_sampler(net.model, H, W):
+            sampler = settings.sampler([net.model])
+        logits_Chw = predict_photo(net.model, sampler, photo.rgb, settings)[0]
+        with torch.inference_mode():
+            known = [logits_Chw]
+            if pixels.names:
+                known += [
+                    features(logits_Chw, pixels.names, pixels.frame),
+                    window_evidence(logits_Chw, WINDOWS, pixels.frame),
+                ]
+            all_Fhw = torch.cat(known)
+            both_NC = np.empty((len(at_N), len(all_Fhw)), np.float32)
+            for rows, both_RW in rows_at_size(all_Fhw, H, W):
+                first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
+                both_NC[first:last] = both_RW.flatten(1)[:, at_N[first:last] - rows.start * W].T
+    if len(every) == 1:
+        votes: np.ndarray = every[0].ravel()[at_N].astype(np.int64)
+    else:
+        said_RN = np.stack([labels_HW.ravel()[at_N] for labels_HW in every])
+        votes = np.stack([(said_RN == c).sum(0) for c in range(C)], 1).astype(np.float32)
+        votes /= votes.sum(1, keepdims=True)
+    F = C + len(pixels.names)
+    windows_NE = both_NC[:, F:].copy() if pixels.names else None
+    return Drawn(both_NC[:, :C].copy(), votes, both_NC[:, C:F].copy(), name, group, windows_NE)
+
+
+def table_of(result: Calibrated) -> tuple[list[str], list[list[str]]]:
+    """What the kinds brought on held-out images, in words: header and rows."""
+    header = ["calibrator", "NLL held out / nat", "better than", "by", "95 % of bootstrap", "worst fold", "taken"]
+    rows = [
+        [
+            each.kind,
+            f"{each.nll:.4f}",
+            each.over,
+            *((f"{each.gain:+.4f}", f"{each.interval[0]:+.4f} … {each.interval[1]:+.4f}") if each.over else ("", "")),
+            f"{-each.worst:+.1%}" if each.over else "",
+            "yes" if each.chosen else "",
+        ]
+        for each in result.candidates
+    ]
+    return header, rows
