@@ -14,6 +14,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
 from seguncert.calibration import FEATURES, KINDS, WINDOWS, Calibration, CalibrationError, features, window_evidence
@@ -46,8 +48,8 @@ class Calibrated:
         text = f"{kind}, fitted on {self.pixels} pixels of {self.pictures} images"
         if held_out and held_out["by"] != "sequence":
             text += (
-                ". All are of fewer than three sequences, so nothing is known of other scenes, and no more than one"
-                " temperature was tried; name a calibrator to have another"
+                ". All are of one sequence, so nothing is known of other scenes, and no more than one temperature was"
+                " tried; name a calibrator to have another"
             )
         return text
 
@@ -222,34 +224,43 @@ def _drawn(
     for label, labels_HW in zip(labels, every, strict=True):
         if labels_HW.shape != (H, W):
             raise ValueError(f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}")  # fmt: skip
-    labelled = np.logical_or.reduce([labels_HW != IGNORED for labels_HW in every])
-    at_N = pixels.picker(name, np.flatnonzero(labelled))
     with PIXELS.take(H * W * (1 + C // 3)):
         sampler = net.sampler
         if sampler is None and settings.needs_sampler(net.model, H, W):
             sampler = settings.sampler([net.model])
         logits_Chw = predict_photo(net.model, sampler, photo.rgb, settings)[0]
-        with torch.inference_mode():
-            known = [logits_Chw]
-            if pixels.names:
-                known += [
-                    features(logits_Chw, pixels.names, pixels.frame),
-                    window_evidence(logits_Chw, WINDOWS, pixels.frame),
-                ]
-            all_Fhw = torch.cat(known)
-            both_NC = np.empty((len(at_N), len(all_Fhw)), np.float32)
-            for rows, both_RW in rows_at_size(all_Fhw, H, W):
-                first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
-                both_NC[first:last] = both_RW.flatten(1)[:, at_N[first:last] - rows.start * W].T
-    if len(every) == 1:
-        votes: np.ndarray = every[0].ravel()[at_N].astype(np.int64)
+        return draw(pixels, logits_Chw, every, name, group)
+
+
+def draw(
+    pixels: Pixels,
+    logits_Chw: Float[Tensor, "C h w"],
+    labels: Sequence[UInt8[np.ndarray, "H W"]],
+    picture: str,
+    group: str,
+) -> Drawn:
+    """Some labelled pixels of a picture, with all that `pixels` wants to know of them; `labels` are of one or more raters."""
+    C, (H, W) = pixels.C, labels[0].shape
+    at_N = pixels.picker(picture, np.flatnonzero(np.logical_or.reduce([each != IGNORED for each in labels])))
+    with torch.inference_mode():
+        known = [logits_Chw]
+        if pixels.names:
+            known.append(features(logits_Chw, pixels.names, pixels.frame))
+            known.append(window_evidence(logits_Chw, WINDOWS, pixels.frame))
+        all_Fhw = torch.cat(known)
+        all_NF = np.empty((len(at_N), len(all_Fhw)), np.float32)
+        for rows, band_FRW in rows_at_size(all_Fhw, H, W):
+            first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
+            all_NF[first:last] = band_FRW.flatten(1)[:, at_N[first:last] - rows.start * W].T
+    if len(labels) == 1:
+        votes: np.ndarray = labels[0].ravel()[at_N].astype(np.int64)
     else:
-        said_RN = np.stack([labels_HW.ravel()[at_N] for labels_HW in every])
+        said_RN = np.stack([each.ravel()[at_N] for each in labels])
         votes = np.stack([(said_RN == c).sum(0) for c in range(C)], 1).astype(np.float32)
         votes /= votes.sum(1, keepdims=True)
     F = C + len(pixels.names)
-    windows_NE = both_NC[:, F:].copy() if pixels.names else None
-    return Drawn(both_NC[:, :C].copy(), votes, both_NC[:, C:F].copy(), name, group, windows_NE)
+    windows_NE = all_NF[:, F:].copy() if pixels.names else None
+    return Drawn(all_NF[:, :C].copy(), votes, all_NF[:, C:F].copy(), picture, group, windows_NE)
 
 
 def table_of(result: Calibrated) -> tuple[list[str], list[list[str]]]:

@@ -42,7 +42,7 @@ RIDGE = {"class-conditional": 1e-3, "local": 1e-3}  # half of it times the squar
 KNOTS = 4  # of a curve, at equal shares of the pixels
 TAIL = 0.001  # share of the pixels at either end of a feature over which its curve is constant
 BINS = {"histogram": 15, "isotonic": 1 << 12}
-BLOCKS = 5  # of consecutive pictures, where there are fewer than three sequences
+BLOCKS = 5  # of consecutive pictures, where there is one sequence
 REPLICATES = 1000
 JUDGED = 1 << 18  # pixels that are enough to tell which kind is better
 HARM = 0.01  # share by which the NLL of no fold may get worse
@@ -389,7 +389,7 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
 
     The pictures are folded by sequence. One temperature must beat none; every other kind must beat the best so far: the
     95 % interval of the gain over blocks of pictures must not reach 0, and no fold may get worse by more than `HARM`.
-    With fewer than three sequences the folds are blocks of consecutive pictures, and more than one temperature is not
+    With one sequence only the folds are blocks of consecutive pictures, and more than one temperature is not
     tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %).
     """
     pixels = pixels.thinned(JUDGED)
@@ -424,7 +424,7 @@ def folds_of(pixels: Pixels) -> tuple[dict[str, str], dict[str, str], dict[str, 
         blocks = max(1, min(len(pictures), round(len(pictures) / 10) or 1, 50)) if len(groups) < 20 else 1
         blocks = max(blocks, min(len(pictures), 10)) if len(groups) == 1 else blocks
         clusters |= {picture: f"{group} {k * blocks // len(pictures)}" for k, picture in enumerate(pictures)}
-    if len(groups) >= 3:
+    if len(groups) >= 2:
         folds = {picture: group for group, pictures in groups.items() for picture in pictures}
         if len(groups) > 10:
             number = {group: k * 10 // len(groups) for k, group in enumerate(groups)}
