@@ -53,9 +53,13 @@ def _classes(result: Result) -> np.ndarray:
 def _words(result: Result) -> str:
     confidence = result.maps["confidence"]
     shares = np.bincount(result.labels.ravel(), minlength=len(result.classes)) / result.labels.size
+    told = (
+        "**Not calibrated:** these are the net's own numbers, and they are usually too sure."
+        if result.calibration == "none"
+        else f"**Calibrated** ({result.calibration})."
+    )
     lines = [
-        f"**Not calibrated:** these are the net's own numbers, and they are usually too sure."
-        f" {100 * (confidence < 0.7).mean():.1f} % of the pixels are less than 70 % sure.",
+        f"{told} {100 * (confidence < 0.7).mean():.1f} % of the pixels are less than 70 % sure.",
         "",
         "| class | area | mean confidence |",
         "|---|---:|---:|",
@@ -65,7 +69,7 @@ def _words(result: Result) -> str:
             sure = confidence[result.labels == c].mean()
             lines.append(f"| {result.classes[c]} | {100 * shares[c]:.1f} % | {sure:.2f} |")
     if result.note:
-        lines += ["", f"Reading the file: {result.note}."]
+        lines += ["", f"Note: {result.note}."]
     return "\n".join(lines)
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from seguncert.batch import Exported, export
+    from seguncert.calibrating import Calibrated, calibrate
+    from seguncert.calibration import Calibration, CalibrationError, load_calibration
     from seguncert.evaluation import Evaluated, evaluate
     from seguncert.image import ImageError, Photo, read_image
     from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Exported", "export"),
+    "calibrating": ("Calibrated", "calibrate"),
+    "calibration": ("Calibration", "CalibrationError", "load_calibration"),
     "evaluation": ("Evaluated", "evaluate"),
     "image": ("ImageError", "Photo", "read_image"),
     "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
@@ -33,6 +37,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibrated",
+    "Calibration",
+    "CalibrationError",
     "Carry",
     "Evaluated",
     "Exported",
@@ -43,8 +50,10 @@ __all__ = [
     "Result",
     "StoreError",
     "analyse",
+    "calibrate",
     "evaluate",
     "export",
+    "load_calibration",
     "load_model",
     "read_image",
     "save_model",

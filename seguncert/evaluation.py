@@ -236,7 +236,9 @@ class _Judge:
             with torch.inference_mode():
                 parts, shown_HW, confidence_HW = self._score(logits, moments, labels_HW, number)
             pictures = self._pictures(parts, photo.rgb, shown_HW, labels_HW, confidence_HW)
-        row = {"path": path, "status": "ok", "error": "", "note": photo.note, "height": H, "width": W}
+        strange = self.calibration.unfamiliar(logits) if self.calibration else ""
+        note = "; ".join(filter(None, [photo.note, strange]))
+        row = {"path": path, "status": "ok", "error": "", "note": note, "height": H, "width": W}
         return Judged(row, parts, pictures)
 
     def _score(
