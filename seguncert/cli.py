@@ -462,7 +462,9 @@ def calibrate(
             table = Table(*header, box=None)
             for row in rows:
                 table.add_row(*row)
-            Console(markup=False, highlight=False).print(table)
+            console = Console(markup=False, highlight=False)
+            console.width = max(console.width, 110)
+            console.print(table)
         for name, error in result.failed.items():
             err.print(f"failed: {name}: {error}")
         err.print(result.about)
