@@ -18,7 +18,17 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
-from seguncert.calibration import FEATURES, KINDS, WINDOWS, Calibration, CalibrationError, features, window_evidence
+from seguncert.calibration import (
+    FEATURES,
+    KINDS,
+    OF_SURROUNDINGS,
+    WINDOWS,
+    Calibration,
+    CalibrationError,
+    pixel_features,
+    resize_maps,
+    surroundings,
+)
 from seguncert.evaluation import in_order
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_BYTES, MAX_PIXELS, read_image
@@ -243,24 +253,25 @@ def draw(
     C, (H, W) = pixels.C, labels[0].shape
     at_N = pixels.picker(picture, np.flatnonzero(np.logical_or.reduce([each != IGNORED for each in labels])))
     with torch.inference_mode():
-        known = [logits_Chw]
-        if pixels.names:
-            known.append(features(logits_Chw, pixels.names, pixels.frame))
-            known.append(window_evidence(logits_Chw, WINDOWS, pixels.frame))
-        all_Fhw = torch.cat(known)
-        all_NF = np.empty((len(at_N), len(all_Fhw)), np.float32)
-        for rows, band_FRW in rows_at_size(all_Fhw, H, W):
+        seen = [surroundings(logits_Chw, tuple(OF_SURROUNDINGS), WINDOWS, pixels.frame)] if pixels.names else []
+        seen_FHW = resize_maps(seen[0], H, W) if seen else torch.empty(0, H, W)
+        all_NF = np.empty((len(at_N), C + len(seen_FHW)), np.float32)
+        for rows, logits_CRW in rows_at_size(logits_Chw, H, W):
             first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
-            all_NF[first:last] = band_FRW.flatten(1)[:, at_N[first:last] - rows.start * W].T
+            at = at_N[first:last] - rows.start * W
+            all_NF[first:last, :C] = logits_CRW.flatten(1)[:, at].T
+            all_NF[first:last, C:] = seen_FHW[:, rows].flatten(1)[:, at].T
     if len(labels) == 1:
         votes: np.ndarray = labels[0].ravel()[at_N].astype(np.int64)
     else:
         said_RN = np.stack([each.ravel()[at_N] for each in labels])
         votes = np.stack([(said_RN == c).sum(0) for c in range(C)], 1).astype(np.float32)
         votes /= votes.sum(1, keepdims=True)
-    F = C + len(pixels.names)
-    windows_NE = all_NF[:, F:].copy() if pixels.names else None
-    return Drawn(all_NF[:, :C].copy(), votes, all_NF[:, C:F].copy(), picture, group, windows_NE)
+    logits_NC, S = all_NF[:, :C].copy(), C + len(OF_SURROUNDINGS)
+    if not seen:
+        return Drawn(logits_NC, votes, np.empty((len(at_N), 0), np.float32), picture, group)
+    own_NF = pixel_features(torch.from_numpy(logits_NC).T).T.numpy()
+    return Drawn(logits_NC, votes, np.concatenate([own_NF, all_NF[:, C:S]], 1), picture, group, all_NF[:, S:].copy())
 
 
 def table_of(result: Calibrated) -> tuple[list[str], list[list[str]]]:

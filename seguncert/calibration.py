@@ -28,29 +28,31 @@ from typing import Any, Protocol, runtime_checkable
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 
+from seguncert.kernels import ONE, compiled
 from seguncert.predict import rows_at_size
+from seguncert.scores import BLOCK, ZERO, _exponentials
 
 VERSION = 1
 KINDS = ("temperature", "vector", "class-conditional", "local", "neighbourhood", "histogram", "isotonic")
-WINDOWS = (19, 77)  # of kind neighbourhood
+WINDOWS = (19, 77)  # pixels a side, of kind neighbourhood
+STRIDE = 4  # what is seen of the surroundings is made of every fourth pixel of every fourth row
 LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
-LOWEST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
-HAIR = 1e-3  # nats by which the shown class stays ahead
+LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
 WIDEST_GAP = 15.0  # nats between the two largest logits, likewise
 LEAST_ENTROPY = 1e-3  # added before the logarithm of a mean
-FEATURES = {  # sides of windows are in pixels of the frames that the model was trained on
-    "doubt": "ln(1 − p̂) of the pixel",
-    "gap": "largest minus second largest logit, in nats",
-    "entropy 7": "ln of the mean entropy (full scale 1) of a window of 7 x 7 pixels",
-    "entropy 31": "the same of 31 x 31",
-    "entropy 127": "the same of 127 x 127",
-    "agreement 9": "share of a window of 9 x 9 pixels that shows the same class",
-    "agreement 41": "the same of 41 x 41",
+HAIR = 1e-3  # nats by which the shown class stays ahead
+FAINTEST = np.float32(-80)  # ln p below which a class is as good as none
+OF_PIXEL = {"doubt": "ln(1 − p̂)", "gap": "largest minus second largest logit, in nats"}
+OF_SURROUNDINGS = {  # sides of windows are in pixels of the frames that the model was trained on
     "picture": "ln of the mean doubt 1 − p̂ of the picture",
+    "entropy 31": "ln of the mean entropy (full scale 1) of a window of 31 x 31 pixels",
+    "entropy 127": "the same of 127 x 127",
+    "agreement 41": "share of a window of 41 x 41 pixels that shows the pixel's class",
 }
+FEATURES = (*OF_PIXEL, *OF_SURROUNDINGS)
 
 
 class CalibrationError(ValueError):
@@ -69,11 +71,11 @@ class Calibrator(Protocol):
     def keeps_labels(self) -> bool:
         """Whether the most probable class is the same before and after."""
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F h w"] | None:
-        """What it wants to know of the picture around each pixel, at the logits' scale; None if nothing."""
+    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"] | None:
+        """What it wants to know of the surroundings of each pixel, on a coarser grid; None if nothing."""
 
     def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+        self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """Calibrated logits of a band of rows."""
 
@@ -81,18 +83,32 @@ class Calibrator(Protocol):
         """In what the picture is unlike all that it was fitted on, in words; "" if in nothing that it looks at."""
 
 
+def both_rows(
+    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
+) -> Iterator[tuple[slice, Float[Tensor, "C rows W"], Float[Tensor, "C rows W"]]]:
+    """Logits at the size of the photo in bands of rows, as `rows_at_size` gives them, and the same calibrated."""
+    seen_Fij = None if calibrator is None else calibrator.look(logits_Chw)
+    resized_FHW = None if seen_Fij is None else resize_maps(seen_Fij, H, W)
+    for rows, logits_CRW in rows_at_size(logits_Chw, H, W):
+        if calibrator is None:
+            yield rows, logits_CRW, logits_CRW
+        else:
+            yield rows, logits_CRW, calibrator(logits_CRW, None if resized_FHW is None else resized_FHW[:, rows])
+
+
 def calibrated_rows(
     calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"]]]:
-    """Logits at the size of the photo in bands of rows, as `rows_at_size` gives them, calibrated."""
-    C = len(logits_Chw)
-    features_Fhw = None if calibrator is None else calibrator.look(logits_Chw)
-    both = logits_Chw if features_Fhw is None else torch.cat([logits_Chw, features_Fhw])
-    for rows, both_RW in rows_at_size(both, H, W):
-        if calibrator is None:
-            yield rows, both_RW
-        else:
-            yield rows, calibrator(both_RW[:C], None if features_Fhw is None else both_RW[C:])
+    """The latter of `both_rows`."""
+    return ((rows, after_CRW) for rows, _, after_CRW in both_rows(calibrator, logits_Chw, H, W))
+
+
+def resize_maps(maps_Fij: Float[Tensor, "F i j"], H: int, W: int) -> Float[Tensor, "F H W"]:
+    """By bilinear interpolation."""
+    resized_FHW = np.empty((len(maps_Fij), H, W), np.float32)
+    for map_ij, resized_HW in zip(maps_Fij.numpy(), resized_FHW, strict=True):
+        cv2.resize(map_ij, (W, H), dst=resized_HW, interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(resized_FHW)
 
 
 @dataclass(frozen=True)
@@ -140,33 +156,19 @@ class Scaling:
     keeps_labels = True
 
     @property
-    def names(self) -> list[str]:
-        """Features that it looks at."""
-        return [curve.feature for curve in self.curves]
+    def looks(self) -> list[str]:
+        """Features of the surroundings."""
+        return [curve.feature for curve in self.curves if curve.feature not in OF_PIXEL]
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F h w"] | None:
-        """Features of the curves; None where there are none."""
-        return features(logits_Chw, self.names, self.frame) if self.curves else None
+    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"] | None:
+        """`looks`."""
+        return surroundings(logits_Chw, self.looks, (), self.frame) if self.looks else None
 
     def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+        self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """β (z − max z): what is largest stays so, to the last bit."""
-        top_RW, label_RW = logits_CRW.max(0)
-        return (logits_CRW - top_RW).mul_(self.beta_RW(label_RW, features_FRW))
-
-    def beta_RW(
-        self, label_RW: Integer[Tensor, "R W"], features_FRW: Float[Tensor, "F R W"] | None
-    ) -> Float[Tensor, "R W"]:
-        """What the logits are multiplied with."""
-        eta_RW = torch.full(label_RW.shape, self.constant)
-        if self.of_class:
-            eta_RW += torch.tensor(self.of_class)[label_RW]
-        if self.curves:
-            assert features_FRW is not None
-            for curve, feature_RW in zip(self.curves, features_FRW, strict=True):
-                eta_RW += curve(feature_RW)
-        return eta_RW.exp_()
+        return _scaled(logits_CRW, seen_FRW, self, np.zeros((0, 2), np.float32), np.zeros(3, np.float32))
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """In what the picture as a whole lies outside of all that the calibrator was fitted on; "" if it does not."""
@@ -193,40 +195,20 @@ class Neighbourhood:
     keeps_labels = True
 
     @property
-    def names(self) -> list[str]:
-        """Features that it looks at."""
-        return ["picture", *self.local.names]
+    def looks(self) -> list[str]:
+        """Features of the surroundings; after them come the windows."""
+        return ["picture", *self.local.looks]
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F h w"]:
-        """The picture's doubt, means of the windows, features of the curves."""
-        frame = self.local.frame
-        return torch.cat(
-            [
-                features(logits_Chw, ["picture"], frame),
-                window_evidence(logits_Chw, self.windows, frame),
-                *([features(logits_Chw, self.local.names, frame)] if self.local.curves else []),
-            ]
-        )
+    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"]:
+        """`looks`, and ln of the mean of each class in each window."""
+        return surroundings(logits_Chw, self.looks, self.windows, self.local.frame)
 
     def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+        self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
-        """Logits, 0 for the shown class or where it has been raised."""
-        assert features_FRW is not None
-        C, K = len(logits_CRW), len(self.windows)
-        found_CRW = self.pooled(logits_CRW, features_FRW[: 1 + K * C])
-        label_RW = logits_CRW.argmax(0)
-        found_CRW *= self.local.beta_RW(label_RW, features_FRW[1 + K * C :])
-        found_CRW -= found_CRW.amax(0)
-        shown_1RW = found_CRW.gather(0, label_RW[None])
-        return torch.where(shown_1RW < 0, found_CRW - HAIR, found_CRW).scatter_(0, label_RW[None], 0)
-
-    def pooled(self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"]) -> Float[Tensor, "C R W"]:
-        """s, before β."""
-        C = len(logits_CRW)
-        off_RW = seen_FRW[0].clamp(self.low, self.high) - self.middle
-        parts = [logits_CRW.log_softmax(0), *seen_FRW[1:].split(C)]
-        return sum((a + b * off_RW) * part for (a, b), part in zip(self.weights, parts, strict=True))
+        """Logits, 0 for the shown class."""
+        weights_K2 = np.array(self.weights, np.float32)
+        return _scaled(logits_CRW, seen_FRW, self.local, weights_K2, np.array([self.middle, self.low, self.high], np.float32))
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """As of `Scaling`."""
@@ -234,7 +216,7 @@ class Neighbourhood:
 
 
 def _unfamiliar(logits_Chw: Tensor, low: float, high: float) -> str:
-    value = float(features(logits_Chw, ["picture"])[0, 0, 0])
+    value = float(surroundings(logits_Chw, ["picture"], ())[0, 0, 0])
     if low <= value <= high:
         return ""
     return (f"unfamiliar to the calibration: mean doubt {math.exp(value):.3f}, it has seen"
@@ -258,7 +240,7 @@ class Vector:
         """Nothing."""
 
     def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+        self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """a z + b."""
         factors, biases = (torch.tensor(each).view(-1, 1, 1) for each in (self.factors, self.biases))
@@ -289,7 +271,7 @@ class Remap:
         """Nothing."""
 
     def __call__(
-        self, logits_CRW: Float[Tensor, "C R W"], features_FRW: Float[Tensor, "F R W"] | None
+        self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """ln of the probabilities."""
         top_RW, label_RW = logits_CRW.max(0)
@@ -307,57 +289,158 @@ class Remap:
         return ""
 
 
-def features(
-    logits_Chw: Float[Tensor, "C h w"], names: Sequence[str], frame: tuple[int, int] | None = None
-) -> Float[Tensor, "F h w"]:
-    """The named `FEATURES` of each pixel of a picture, at the logits' scale; shifts of the logits change none."""
+def pixel_features(logits_CN: Float[Tensor, "C N"]) -> Float[Tensor, "2 N"]:
+    """`OF_PIXEL` of each; shifts of the logits change none."""
+    two_2N = logits_CN.topk(2, 0)
+    others_N = (logits_CN - two_2N.values[0]).exp_().scatter_(0, two_2N.indices[:1], 0).sum(0)
+    doubt_N = (others_N / (1 + others_N)).clamp_(min=LEAST_DOUBT).log_()
+    return torch.stack([doubt_N, (two_2N.values[0] - two_2N.values[1]).clamp_(max=WIDEST_GAP)])
+
+
+def surroundings(
+    logits_Chw: Float[Tensor, "C h w"],
+    names: Sequence[str],
+    windows: Sequence[int],
+    frame: tuple[int, int] | None = None,
+) -> Float[Tensor, "F i j"]:
+    """The named `OF_SURROUNDINGS`, and for each window ln of the mean probability of each class, on a coarser grid.
+
+    Windows have the wanted side on a picture as large as the frames of the model; they grow and shrink with the picture.
+    """
     C, h, w = logits_Chw.shape
-    top_hw, label_hw = logits_Chw.max(0)
-    z_Chw = (logits_Chw - top_hw).clamp_(min=-80)
-    e_Chw = z_Chw.exp()
-    sum_hw = e_Chw.sum(0)
-    doubt_hw = (1 - 1 / sum_hw).clamp_(min=LOWEST_DOUBT)  # 0 to rounding at the surest, where it is cut off anyway
+    unit = math.sqrt(h * w / math.prod(frame)) if frame else 1.0
+    stride = max(1, min(round(STRIDE * unit), min(h, w) // 8))
+    coarse_Cij = logits_Chw[:, stride // 2 :: stride, stride // 2 :: stride]
+    probs_Cij = coarse_Cij.softmax(0)
+    sure_ij, label_ij = probs_Cij.max(0)
+
+    def mean(values_ij: Tensor, side: int) -> np.ndarray:
+        reach = max(1, round((side * unit / stride - 1) / 2))
+        border = cv2.BORDER_REFLECT if reach < min(values_ij.shape) else cv2.BORDER_REPLICATE
+        return cv2.blur(values_ij.numpy(), (2 * reach + 1, 2 * reach + 1), borderType=border)
+
     found = []
     for name in names:
-        kind, _, window = name.partition(" ")
-        if kind == "doubt":
-            found.append(doubt_hw.log())
-        elif kind == "gap":
-            second_hw = z_Chw.scatter(0, label_hw[None], -torch.inf).amax(0)
-            found.append((-second_hw).clamp_(max=WIDEST_GAP))
-        elif kind == "picture":
-            found.append(doubt_hw.mean(dtype=torch.float64).log().float().expand(h, w))
+        kind, _, side = name.partition(" ")
+        if kind == "picture":
+            doubt = float((1 - sure_ij).mean(dtype=torch.float64))
+            found.append(np.full(tuple(sure_ij.shape), math.log(max(doubt, LEAST_DOUBT)), np.float32))
         elif kind == "entropy":
-            entropy_hw = (sum_hw.log() - (z_Chw * e_Chw).sum(0) / sum_hw) / math.log(C)
-            found.append((_window_mean(entropy_hw, int(window), frame) + LEAST_ENTROPY).log_())
+            entropy_ij = -torch.xlogy(probs_Cij, probs_Cij).sum(0) / math.log(C)
+            found.append(np.log(mean(entropy_ij, int(side)) + LEAST_ENTROPY))
         else:
-            share_hw = torch.zeros(h, w)
-            for c in label_hw.unique().tolist():
-                shown_hw = (label_hw == c).float()
-                share_hw += shown_hw * _window_mean(shown_hw, int(window), frame)
-            found.append(share_hw)
-    return torch.stack(found)
+            share_ij = np.zeros(tuple(sure_ij.shape), np.float32)
+            for c in label_ij.unique().tolist():
+                shown_ij = (label_ij == c).float()
+                share_ij += shown_ij.numpy() * mean(shown_ij, int(side))
+            found.append(share_ij)
+    found += [np.log(mean(prob_ij, side) + LEAST_MEAN) for side in windows for prob_ij in probs_Cij]
+    return torch.from_numpy(np.stack(found))
 
 
-def window_evidence(
-    logits_Chw: Float[Tensor, "C h w"], windows: Sequence[int], frame: tuple[int, int] | None = None
-) -> Float[Tensor, "K*C h w"]:
-    """ln of the mean probability of each class in windows around each pixel; the classes of a window side by side."""
-    probs_Chw = logits_Chw.softmax(0)
-    means = [_window_mean(prob_hw, side, frame) for side in windows for prob_hw in probs_Chw]
-    return torch.stack(means).add_(LEAST_MEAN).log_()
+def _scaled(
+    logits_CRW: Tensor, seen_FRW: Tensor | None, scaling: Scaling, weights_K2: np.ndarray, doubts_3: np.ndarray
+) -> Tensor:
+    """What `Scaling` and `Neighbourhood` do, in one loop over the pixels; ValueError for NaN and the like."""
+    C, R, W = logits_CRW.shape
+    names = scaling.looks if not len(weights_K2) else ["picture", *scaling.looks]
+    columns = [_PIXEL[c.feature] if c.feature in _PIXEL else len(names) - len(scaling.looks) + scaling.looks.index(c.feature) for c in scaling.curves]  # fmt: skip
+    pieces = [(q, origin, slope) for q, curve in enumerate(scaling.curves) for origin, slope in zip((curve.low, *curve.knots), curve.slopes, strict=True)]  # fmt: skip
+    seen_FN = torch.empty(0, R * W) if seen_FRW is None else seen_FRW.flatten(1).contiguous()
+    out_CRW = torch.empty(C, R, W)
+    fault = _scale(
+        logits_CRW.detach().float().contiguous().flatten(1).numpy(), seen_FN.numpy(), np.float32(scaling.constant),
+        np.array(scaling.of_class or [0.0] * C, np.float32), np.array(columns, np.int64),
+        np.array([[c.low, c.high] for c in scaling.curves], np.float32).reshape(-1, 2),
+        np.array([q for q, _, _ in pieces], np.int64), np.array([each[1:] for each in pieces], np.float32).reshape(-1, 2),
+        len(names), weights_K2, doubts_3, out_CRW.flatten(1).numpy(),
+    )  # fmt: skip
+    if fault:
+        raise ValueError(
+            "logits: expected finite numbers, or −∞ for some classes. Received: NaN, +∞, or −∞ for all classes of a pixel"
+        )
+    return out_CRW
 
 
-def _window_mean(values_hw: Float[Tensor, "h w"], side: int, frame: tuple[int, int] | None) -> Float[Tensor, "h w"]:
-    """Of a square around each pixel, the picture mirrored at its borders where it is large enough, else repeated.
+@compiled
+def _scale(
+    logits_CN, seen_FN, constant, of_class_C, column_Q, range_Q2, curve_P, piece_P2, first, weights_K2, doubts_3, out_CN
+):
+    """Whether the logits are faulty. A curve's column is −1 for doubt, −2 for the gap, else a row of what is seen."""
+    C, N = logits_CN.shape
+    K, P = len(weights_K2), len(curve_P)
+    e_CB, s_CB = np.empty((C, BLOCK), np.float32), np.empty((C, BLOCK), np.float32)
+    max_B, others_B, squares_B = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    shown_B, eta_B = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
+    value_B, weight_B = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, N, BLOCK):
+        width = min(BLOCK, N - start)
+        if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+            return True
+        for x in range(width):
+            eta_B[x] = constant + of_class_C[shown_B[x]]
+        now = -1
+        for k in range(P):
+            q = curve_P[k]
+            if q != now:
+                now, low, high = q, range_Q2[q, 0], range_Q2[q, 1]
+                if column_Q[q] == -1:
+                    for x in range(width):
+                        value_B[x] = math.log(max(others_B[x] / (ONE + others_B[x]), np.float32(LEAST_DOUBT)))
+                elif column_Q[q] == -2:
+                    value_B[:width] = -np.inf
+                    for c in range(C):
+                        z_B = logits_CN[c, start : start + width]
+                        for x in range(width):
+                            value_B[x] = max(value_B[x], np.float32(-np.inf) if shown_B[x] == c else z_B[x])
+                    for x in range(width):
+                        value_B[x] = min(max_B[x] - value_B[x], np.float32(WIDEST_GAP))
+                else:
+                    value_B[:width] = seen_FN[column_Q[q], start : start + width]
+                for x in range(width):
+                    value_B[x] = min(max(value_B[x], low), high)
+            origin, slope = piece_P2[k, 0], piece_P2[k, 1]
+            for x in range(width):
+                eta_B[x] += slope * max(value_B[x] - origin, ZERO)
+        for x in range(width):
+            eta_B[x] = math.exp(eta_B[x])
+        if K == 0:
+            for c in range(C):
+                z_B, out_B = logits_CN[c, start : start + width], out_CN[c, start : start + width]
+                for x in range(width):
+                    out_B[x] = eta_B[x] * (z_B[x] - max_B[x])
+            continue
+        for k in range(K):
+            for x in range(width):
+                off = min(max(seen_FN[0, start + x], doubts_3[1]), doubts_3[2]) - doubts_3[0]
+                weight_B[x] = weights_K2[k, 0] + weights_K2[k, 1] * off
+            if k == 0:
+                for x in range(width):
+                    value_B[x] = max_B[x] + np.float32(math.log(ONE + others_B[x]))
+            for c in range(C):
+                s_B = s_CB[c]
+                if k == 0:
+                    z_B = logits_CN[c, start : start + width]
+                    for x in range(width):
+                        s_B[x] = weight_B[x] * max(z_B[x] - value_B[x], FAINTEST)
+                else:
+                    z_B = seen_FN[first + (k - 1) * C + c, start : start + width]
+                    for x in range(width):
+                        s_B[x] += weight_B[x] * z_B[x]
+        max_B[:width] = -np.inf
+        for c in range(C):
+            for x in range(width):
+                max_B[x] = max(max_B[x], s_CB[c, x])
+        for x in range(width):  # by how much the others are moved back where the shown class is not the largest
+            value_B[x] = ZERO if s_CB[shown_B[x], x] == max_B[x] else np.float32(HAIR)
+        for c in range(C):
+            out_B = out_CN[c, start : start + width]
+            for x in range(width):
+                out_B[x] = ZERO if shown_B[x] == c else eta_B[x] * (s_CB[c, x] - max_B[x]) - value_B[x]
+    return False
 
-    The side is that on a picture as large as the frames of the model; it grows and shrinks with the picture.
-    """
-    h, w = values_hw.shape
-    unit = math.sqrt(h * w / math.prod(frame)) if frame else 1.0
-    reach = max(1, round((side * unit - 1) / 2))
-    border = cv2.BORDER_REFLECT if reach < min(h, w) else cv2.BORDER_REPLICATE
-    return torch.from_numpy(cv2.blur(values_hw.contiguous().numpy(), (2 * reach + 1, 2 * reach + 1), borderType=border))
+
+_PIXEL = {"doubt": -1, "gap": -2}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seguncert import maps as maps_
 from seguncert.batch import Spec, list_images, load_models, sequences
-from seguncert.calibration import Calibration, Calibrator, find_calibration
+from seguncert.calibration import Calibration, Calibrator, both_rows, find_calibration
 from seguncert.clusters import find_clusters
 from seguncert.findings import check_out, write_findings
 from seguncert.image import LARGE, MAX_BYTES, MAX_PIXELS, ImageError, read_image
@@ -270,14 +270,8 @@ class _Judge:
         self, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
     ) -> Iterator[tuple[slice, list[Float[Tensor, "C R W"]]]]:
         """Rows of logits at the photo's size: calibrated, where there is a calibration, and as they were."""
-        C, calibration = len(logits_Chw), self.calibration
-        features_Fhw = None if calibration is None else calibration.look(logits_Chw)
-        both = logits_Chw if features_Fhw is None else torch.cat([logits_Chw, features_Fhw])
-        for rows, both_RW in rows_at_size(both, H, W):
-            versions = [both_RW[:C]]
-            if calibration is not None:
-                versions.insert(0, calibration(both_RW[:C], None if features_Fhw is None else both_RW[C:]))
-            yield rows, versions
+        for rows, before_CRW, after_CRW in both_rows(self.calibration, logits_Chw, H, W):
+            yield rows, [before_CRW] if self.calibration is None else [after_CRW, before_CRW]
 
     def _pictures(
         self,

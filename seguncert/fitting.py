@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
 from seguncert.calibration import (
+    FAINTEST,
     KINDS,
     WINDOWS,
     CalibrationError,
@@ -138,11 +139,10 @@ class Pixels:
 
     def seen(self, calibrator: Calibrator, features_NF: Float[Tensor, "n F"]) -> Float[Tensor, "n G"]:
         """Of features and means of windows those that the calibrator looks at, as its `look` gives them."""
-        columns = [self.names.index(name) for name in getattr(calibrator, "names", ())]
-        if not isinstance(calibrator, Neighbourhood):
-            return features_NF[:, columns]
-        windows_NE = features_NF[:, len(self.names) :]
-        return torch.cat([features_NF[:, columns[:1]], windows_NE, features_NF[:, columns[1:]]], 1)
+        columns = [self.names.index(name) for name in getattr(calibrator, "looks", ())]
+        if isinstance(calibrator, Neighbourhood):
+            columns += range(len(self.names), features_NF.shape[1])
+        return features_NF[:, columns]
 
 
 def fit(kind: str, pixels: Pixels) -> Scaling | Neighbourhood | Vector | Remap:
@@ -235,7 +235,9 @@ def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
         total, gradient, hessian = 0.0, np.zeros(P), np.zeros((P, P))
         weight_P = torch.from_numpy(weights).float()
         for z_NC, votes_NC, features_NF in pixels.blocks():
-            x_NKC = torch.stack([z_NC.log_softmax(1), *features_NF[:, len(pixels.names) :].split(C, 1)], 1)
+            x_NKC = torch.stack(
+                [z_NC.log_softmax(1).clamp_(min=float(FAINTEST)), *features_NF[:, len(pixels.names) :].split(C, 1)], 1
+            )
             off_N = features_NF[:, at, None, None] - middle
             x_NPC = torch.cat([x_NKC, x_NKC * off_N], 1)
             log_NC = (x_NPC * weight_P[:, None]).sum(1).log_softmax(1)
@@ -262,10 +264,15 @@ def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
 def _pooled(drawn: Drawn, calibrator: Neighbourhood, at: int) -> Drawn:
     """The pixels with what the weights make of them in place of the logits."""
     assert drawn.windows_NE is not None
-    seen_NF = np.concatenate([drawn.features_NF[:, at : at + 1], drawn.windows_NE], 1)
-    logits_CN, seen_FN = (torch.from_numpy(each.T.copy())[:, None] for each in (drawn.logits_NC, seen_NF))
-    pooled_NC = np.ascontiguousarray(calibrator.pooled(logits_CN, seen_FN)[:, 0].T.numpy())
-    return replace(drawn, logits_NC=pooled_NC, windows_NE=None)
+    log_NC = torch.from_numpy(drawn.logits_NC).log_softmax(1).clamp_(min=float(FAINTEST))
+    off_N1 = (
+        torch.from_numpy(drawn.features_NF[:, at : at + 1]).clamp(calibrator.low, calibrator.high) - calibrator.middle
+    )
+    parts = [log_NC, *torch.from_numpy(drawn.windows_NE).split(log_NC.shape[1], 1)]
+    pooled_NC = torch.zeros_like(log_NC)
+    for (a, b), part in zip(calibrator.weights, parts, strict=True):
+        pooled_NC += (a + b * off_N1) * part
+    return replace(drawn, logits_NC=pooled_NC.numpy(), windows_NE=None)
 
 
 def _fit_vector(pixels: Pixels) -> Vector:
