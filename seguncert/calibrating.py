@@ -26,7 +26,6 @@ from seguncert.calibration import (
     Calibration,
     CalibrationError,
     pixel_features,
-    resize_maps,
     surroundings,
 )
 from seguncert.evaluation import in_order
@@ -34,6 +33,7 @@ from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_BYTES, MAX_PIXELS, read_image
 from seguncert.job import PIXELS, Job, available_cores
 from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.maps import parse_method
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import rows_at_size
 from seguncert.run import Settings, chosen_views, predict_photo
@@ -101,7 +101,7 @@ def calibrate(
             `seguncert.fitting.choose`.
         raters: more folders of labels of the same images; what is fitted is the distribution of what the raters say.
         left_out: folders of nets that `seguncert.apps.train --leave-out SEQUENCE` made: on images of that sequence (their
-            names begin so) they stand in for the model, which may have been trained on these.
+            names before the first _) they stand in for the model, which may have been trained on these.
         all_pixels: draw every labelled pixel, and keep them all.
         method, samples, seed, views, drop_path, insert_dropout, scale, tile, workers, device, backend, precision,
             max_pixels, progress: as in `seguncert.export`.
@@ -115,7 +115,8 @@ def calibrate(
         raise CalibrationError(f"calibrator: expected auto or one of {', '.join(KINDS)}. Received: {calibrator!r}")
     if out.is_dir() or not out.parent.is_dir() or out.suffix != ".json":
         raise ValueError(f"OUT: expected a file ending in .json in a folder that is there. Received: {out}")
-    settings = Settings(method, samples, seed, chosen_views(views), drop_path=drop_path, scale=scale, tile=tile)
+    drawn_seed = seed if "mc-dropout" in parse_method(method) else Settings.seed
+    settings = Settings(method, samples, drawn_seed, chosen_views(views), drop_path=drop_path, scale=scale, tile=tile)
     pairs = find_pairs(images, labels)
     further = [dict(find_pairs(images, folder)) for folder in raters]
     models, _ = load_models(model, device, insert_dropout or {}, method)
@@ -132,10 +133,11 @@ def calibrate(
             nets = [_Net("", models[0].sha256, *_ready(stack, job, models, workers))]
             for folder in left_out:
                 nets += _stand_ins(stack, job, folder, models[0], device, workers)
+            _check_sequences(nets[1:], pairs)
 
             def tasks() -> Iterator[Callable[[], Drawn | _Failed]]:
                 for name, (image, label) in zip(named, pairs, strict=True):
-                    net = next((each for each in nets[1:] if image.name.startswith(each.sequence)), nets[0])
+                    net = next((each for each in nets[1:] if each.sequence == _sequence(image)), nets[0])
                     every = [label, *(folder[image] for folder in further)]
                     yield partial(_draw, job, net, pixels, image, every, name, group[name], ignore_index)
 
@@ -149,6 +151,9 @@ def calibrate(
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
+    if failed and not pixels.drawn:
+        raise CalibrationError(f"calibrate: expected images with labels. Received: {len(failed)} that failed, the first is"
+                               f" {next(iter(failed))}: {next(iter(failed.values()))}")  # fmt: skip
     kind, candidates, how = choose(pixels) if calibrator == "auto" else (calibrator, [], {})
     protocol = {
         "pictures": len(pixels.drawn), "pixels": len(pixels), "raters": 1 + len(raters), "ignore_index": ignore_index,
@@ -164,7 +169,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Net:
-    """A net for the images whose names begin with `sequence`."""
+    """A net for the images of that `sequence`, see `_sequence`."""
 
     sequence: str
     sha256: str
@@ -196,6 +201,19 @@ def _stand_ins(
         )
     ready = _ready(stack, job, [net], workers)
     return [_Net(sequence, net.sha256, *ready) for sequence in left_out]
+
+
+def _sequence(image: Path) -> str:
+    """As `seguncert.apps.train` tells which images a net is not trained on."""
+    return image.stem.split("_")[0]
+
+
+def _check_sequences(nets: Sequence[_Net], pairs: Sequence[tuple[Path, Path]]) -> None:
+    found = {_sequence(image) for image, _ in pairs}
+    for net in nets:
+        if net.sequence not in found:
+            raise CalibrationError(f"left-out: expected a net without one of the sequences {', '.join(sorted(found))}."
+                                   f" Received: one without {net.sequence}. A sequence is what an image's name begins with, up to the first _.")  # fmt: skip
 
 
 def _draw(
@@ -254,15 +272,15 @@ def draw(
     at_N = pixels.picker(picture, np.flatnonzero(np.logical_or.reduce([each != IGNORED for each in labels])))
     with torch.inference_mode():
         seen = [surroundings(logits_Chw, tuple(OF_SURROUNDINGS), WINDOWS, pixels.frame)] if pixels.names else []
-        seen_FHW = resize_maps(seen[0], H, W) if seen else torch.empty(0, H, W)
-        all_NF = np.empty((len(at_N), C + len(seen_FHW)), np.float32)
-        for rows, logits_CRW in rows_at_size(logits_Chw, H, W):
-            first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
-            at = at_N[first:last] - rows.start * W
-            all_NF[first:last, :C] = logits_CRW.flatten(1)[:, at].T
-            all_NF[first:last, C:] = seen_FHW[:, rows].flatten(1)[:, at].T
+        all_NF = np.empty((len(at_N), C + sum(map(len, seen))), np.float32)
+        column = 0
+        for maps_Fij in [logits_Chw, *seen]:
+            columns, column = slice(column, column + len(maps_Fij)), column + len(maps_Fij)
+            for rows, band_FRW in rows_at_size(maps_Fij, H, W):
+                first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
+                all_NF[first:last, columns] = band_FRW.flatten(1)[:, at_N[first:last] - rows.start * W].T
     if len(labels) == 1:
-        votes: np.ndarray = labels[0].ravel()[at_N].astype(np.int64)
+        votes: np.ndarray = labels[0].ravel()[at_N]
     else:
         said_RN = np.stack([each.ravel()[at_N] for each in labels])
         votes = np.stack([(said_RN == c).sum(0) for c in range(C)], 1).astype(np.float32)

@@ -5,7 +5,7 @@ Letters: C classes, F features, K windows, h × w the scale of the logits, R × 
 
     temperature, class-conditional, local    softmax(β z), β > 0 a number of the pixel: the shown class stays the same
     neighbourhood                            softmax(β (a₀ z + Σ aₖ ln mean of p in a window)), then the shown class kept
-    vector                                   softmax(a z + b), a and b numbers of the class (Guo et al. 2017)
+    vector                                   softmax(a (z − max z) + b), a and b of the class (Guo et al. 2017)
     histogram, isotonic                      the shown class gets the probability g(p̂), the others share the rest
 
 With β = exp η, η is a sum: a constant (temperature: β = 1/T), a number of the shown class (class-conditional), and
@@ -28,12 +28,13 @@ from typing import Any, Protocol, runtime_checkable
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from seguncert.kernels import ONE, compiled
 from seguncert.predict import rows_at_size
 from seguncert.scores import BLOCK, ZERO, _exponentials
+from seguncert.store import write_file
 
 VERSION = 1
 KINDS = ("temperature", "vector", "class-conditional", "local", "neighbourhood", "histogram", "isotonic")
@@ -43,6 +44,7 @@ LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
 LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
 WIDEST_GAP = 15.0  # nats between the two largest logits, likewise
 LEAST_ENTROPY = 1e-3  # added before the logarithm of a mean
+LEAST_LOG = -104.0  # ln of less than any float: stands for the −inf of a class to which no sample gave anything
 HAIR = 1e-3  # nats by which the shown class stays ahead
 FAINTEST = np.float32(-80)  # ln p below which a class is as good as none
 OF_PIXEL = {"doubt": "ln(1 − p̂)", "gap": "largest minus second largest logit, in nats"}
@@ -88,12 +90,16 @@ def both_rows(
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"], Float[Tensor, "C rows W"]]]:
     """Logits at the size of the photo in bands of rows, as `rows_at_size` gives them, and the same calibrated."""
     seen_Fij = None if calibrator is None else calibrator.look(logits_Chw)
-    resized_FHW = None if seen_Fij is None else resize_maps(seen_Fij, H, W)
+    bands: Iterator[tuple[slice, Tensor]] | None = None
     for rows, logits_CRW in rows_at_size(logits_Chw, H, W):
         if calibrator is None:
             yield rows, logits_CRW, logits_CRW
+        elif seen_Fij is None:
+            yield rows, logits_CRW, calibrator(logits_CRW, None)
         else:
-            yield rows, logits_CRW, calibrator(logits_CRW, None if resized_FHW is None else resized_FHW[:, rows])
+            values = len(seen_Fij) * W * rows.stop  # bands as high as those of the logits
+            bands = bands or rows_at_size(seen_Fij, H, W, values)
+            yield rows, logits_CRW, calibrator(logits_CRW, next(bands)[1])
 
 
 def calibrated_rows(
@@ -101,14 +107,6 @@ def calibrated_rows(
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"]]]:
     """The latter of `both_rows`."""
     return ((rows, after_CRW) for rows, _, after_CRW in both_rows(calibrator, logits_Chw, H, W))
-
-
-def resize_maps(maps_Fij: Float[Tensor, "F i j"], H: int, W: int) -> Float[Tensor, "F H W"]:
-    """By bilinear interpolation."""
-    resized_FHW = np.empty((len(maps_Fij), H, W), np.float32)
-    for map_ij, resized_HW in zip(maps_Fij.numpy(), resized_FHW, strict=True):
-        cv2.resize(map_ij, (W, H), dst=resized_HW, interpolation=cv2.INTER_LINEAR)
-    return torch.from_numpy(resized_FHW)
 
 
 @dataclass(frozen=True)
@@ -174,15 +172,15 @@ class Scaling:
         """In what the picture as a whole lies outside of all that the calibrator was fitted on; "" if it does not."""
         for curve in self.curves:
             if curve.feature == "picture":
-                return _unfamiliar(logits_Chw, curve.low, curve.high)
+                return _unfamiliar(logits_Chw, curve.low, curve.high, self.frame)
         return ""
 
 
 @dataclass(frozen=True)
 class Neighbourhood:
     """softmax(β s), s = Σₖ (aₖ + bₖ (d − middle)) xₖ, x₀ = ln p, xₖ = ln(mean of p in a window), d = ln(mean doubt of the
-    picture), β that of `local`. Where another class than the net's would come out on top, the two are made equal but for a
-    hair, so that the labels stay.
+    picture), β that of `local`. A class that would come within a hair of the net's, or above it, is put a hair below, so
+    that the labels stay.
     """
 
     weights: tuple[tuple[float, float], ...]  # (aₖ, bₖ) of the pixel and of each window
@@ -206,29 +204,52 @@ class Neighbourhood:
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
-        """Logits, 0 for the shown class."""
+        """Logits, 0 for the shown class and at most −`HAIR` for the others."""
         weights_K2 = np.array(self.weights, np.float32)
-        return _scaled(logits_CRW, seen_FRW, self.local, weights_K2, np.array([self.middle, self.low, self.high], np.float32))
+        return _scaled(
+            logits_CRW, seen_FRW, self.local, weights_K2, np.array([self.middle, self.low, self.high], np.float32)
+        )
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """As of `Scaling`."""
-        return _unfamiliar(logits_Chw, self.low, self.high)
+        return _unfamiliar(logits_Chw, self.low, self.high, self.local.frame)
 
 
-def _unfamiliar(logits_Chw: Tensor, low: float, high: float) -> str:
-    value = float(surroundings(logits_Chw, ["picture"], ())[0, 0, 0])
+def _unfamiliar(logits_Chw: Tensor, low: float, high: float, frame: tuple[int, int] | None) -> str:
+    value = float(surroundings(logits_Chw, ["picture"], (), frame)[0, 0, 0])
     if low <= value <= high:
         return ""
     return (f"unfamiliar to the calibration: mean doubt {math.exp(value):.3f}, it has seen"
             f" {math.exp(low):.3f} to {math.exp(high):.3f}")  # fmt: skip
 
 
+def floored(z: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """The same tensor, −inf in it replaced by `LEAST_LOG`."""
+    return z.masked_fill_(z == -torch.inf, LEAST_LOG)
+
+
+def shown(
+    logits_CRW: Float[Tensor, "C R W"],
+) -> tuple[Integer[Tensor, "R W"], Float[Tensor, "R W"], Float[Tensor, "C R W"]]:
+    """The shown class, its probability in float64, and ln of the share of each other class in what is left (−inf: itself).
+
+    >>> label, p, others = shown(torch.tensor([[[200.0]], [[0.0]], [[0.0]]]))
+    >>> float(p), [round(share, 6) for share in others.exp().flatten().tolist()]
+    (1.0, [0.0, 0.5, 0.5])
+    """
+    top_RW, label_RW = logits_CRW.max(0)
+    others_CRW = floored(logits_CRW - top_RW).scatter_(0, label_RW[None], -torch.inf)
+    second_RW = others_CRW.amax(0)
+    rest_RW = others_CRW.sub_(second_RW).logsumexp(0)
+    return label_RW, torch.sigmoid(-(rest_RW + second_RW).double()), others_CRW.sub_(rest_RW)
+
+
 @dataclass(frozen=True)
 class Vector:
-    """softmax(a z + b); the shown class may change.
+    """softmax(a (z − max z) + b), so that a shift of all logits changes nothing; the shown class may change.
 
     >>> Vector((1.0, 2.0), (0.5, 0.0))(torch.tensor([[[4.0]], [[3.0]]]), None).flatten().tolist()
-    [4.5, 6.0]
+    [0.5, -2.0]
     """
 
     factors: tuple[float, ...]
@@ -242,9 +263,9 @@ class Vector:
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
-        """a z + b."""
+        """a (z − max z) + b."""
         factors, biases = (torch.tensor(each).view(-1, 1, 1) for each in (self.factors, self.biases))
-        return torch.addcmul(biases, factors, logits_CRW)
+        return torch.addcmul(biases, factors, floored(logits_CRW - logits_CRW.amax(0)))
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """It cannot tell."""
@@ -274,15 +295,12 @@ class Remap:
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """ln of the probabilities."""
-        top_RW, label_RW = logits_CRW.max(0)
-        others_CRW = (logits_CRW - top_RW).exp_().scatter_(0, label_RW[None], 0)
-        rest_RW, second_RW = others_CRW.sum(0), others_CRW.amax(0)
-        confidence_RW = (1 / (1 + rest_RW)).double().numpy()
-        value_RW = torch.from_numpy(np.interp(confidence_RW, self.confidences, self.values)).float()
-        share_RW = second_RW / rest_RW.clamp(min=1e-30)  # of the second among the others
-        value_RW = torch.maximum(value_RW, share_RW / (1 + share_RW) * (1 + 1e-6))
-        found = (others_CRW / rest_RW.clamp(min=1e-30)).mul_(1 - value_RW).scatter_(0, label_RW[None], value_RW[None])
-        return found.log_()
+        label_RW, confidence_RW, others_CRW = shown(logits_CRW)
+        value_RW = torch.from_numpy(np.interp(confidence_RW.numpy(), self.confidences, self.values)).float()
+        value_RW = torch.maximum(
+            value_RW, others_CRW.amax(0).sigmoid_() * (1 + 1e-5)
+        )  # a share s overtakes at s / (1 + s)
+        return others_CRW.add_((-value_RW).log1p_()).scatter_(0, label_RW[None], value_RW.log()[None])
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """It cannot tell."""
@@ -431,12 +449,12 @@ def _scale(
         for c in range(C):
             for x in range(width):
                 max_B[x] = max(max_B[x], s_CB[c, x])
-        for x in range(width):  # by how much the others are moved back where the shown class is not the largest
-            value_B[x] = ZERO if s_CB[shown_B[x], x] == max_B[x] else np.float32(HAIR)
         for c in range(C):
             out_B = out_CN[c, start : start + width]
-            for x in range(width):
-                out_B[x] = ZERO if shown_B[x] == c else eta_B[x] * (s_CB[c, x] - max_B[x]) - value_B[x]
+            for x in range(
+                width
+            ):  # below the shown class also where they are equal: the first of equals would be shown
+                out_B[x] = ZERO if shown_B[x] == c else min(eta_B[x] * (s_CB[c, x] - max_B[x]), np.float32(-HAIR))
     return False
 
 
@@ -477,13 +495,18 @@ class Calibration:
     def check(self, model: Mapping[str, Any], sampling: Mapping[str, Any], where: str = "calibration") -> None:
         """Raise CalibrationError unless it was fitted for this model and this way of sampling."""
         known = "sha256" if self.model["sha256"] else "name"
-        if self.model[known] != model[known] or list(self.model["classes"]) != list(model["classes"]):
+        if self.model[known] != model[known]:
             raise CalibrationError(
                 f"{where}: expected one that was fitted for {model['name']} (sha256 {model['sha256'][:12] or 'unknown'}…)."
                 f" Received: one for {self.model['name']} ({self.model['sha256'][:12] or 'unknown'}…). Fit one with"
                 " `seguncert calibrate`, or set calibration none."
             )
-        for key in {*self.sampling, *sampling}:
+        if list(self.model["classes"]) != list(model["classes"]):
+            raise CalibrationError(
+                f"{where}: expected one for the classes {', '.join(model['classes'])}. Received: one for"
+                f" {', '.join(self.model['classes'])}. Fit one with `seguncert calibrate`, or set calibration none."
+            )
+        for key in {**sampling, **self.sampling}:
             if self.sampling.get(key) != sampling.get(key):
                 raise CalibrationError(
                     f"{where}: expected one that was fitted with {key} {sampling.get(key)}. Received: one fitted with"
@@ -499,13 +522,10 @@ class Calibration:
         return True
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, by a rename: there is never half a file."""
-        path = Path(path)
+        """As JSON, by a rename: there is never half a file. Raises StoreError where it cannot be written."""
         content: dict[str, Any] = {"seguncert_calibration": VERSION}
         content |= {name: getattr(self, name) for name in ("model", "sampling", "protocol", "measured", "parameters")}
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
+        write_file(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def find_calibration(
@@ -537,13 +557,16 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
         content = json.loads(Path(path).read_text())
         if content["seguncert_calibration"] != VERSION:
             raise ValueError(f"version {content['seguncert_calibration']}")
-        parameters = content["parameters"]
-        return Calibration(_calibrator(**parameters), *(content[name] for name in ("model", "sampling", "protocol", "measured")))  # fmt: skip
+        about = (content[name] for name in ("model", "sampling", "protocol", "measured"))
+        found = Calibration(_calibrator(**content["parameters"]), *about)
+        _check_content(found)
+        return found
     except OSError as error:
         raise CalibrationError(f"{path}: expected a calibration file. Received: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CalibrationError(
-            f"{path}: expected a file that `seguncert calibrate` of this version wrote. Received: {type(error).__name__}: {error}"
+            f"{path}: expected a file that `seguncert calibrate` of this version wrote."
+            f" Received: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from None
 
 
@@ -570,3 +593,47 @@ def _scaling(kind: str, constant: float, of_class: Sequence[float], curves: Any,
         for each in curves
     ]
     return Scaling(kind, constant, tuple(of_class), tuple(made), frame and (frame[0], frame[1]))
+
+
+def _check_content(found: Calibration) -> None:
+    """What a damaged or edited file can be wrong in, before a net is run for it; ValueError, KeyError or TypeError."""
+    C, calibrator = len(found.model["classes"]), found.calibrator
+    wrong = [name for name in ("name", "sha256") if not isinstance(found.model[name], str)]
+    wrong += [name for name in ("sampling", "protocol", "measured") if not isinstance(getattr(found, name), dict)]
+    wrong += [f"{name} {value!r}" for name, value in _leaves(found.parameters) if not _good(name, value)]
+    lengths: list[tuple[Any, Any]] = []
+    if isinstance(calibrator, Vector):
+        lengths = [(len(calibrator.factors), C), (len(calibrator.biases), C)]
+    elif isinstance(calibrator, Remap):
+        lengths = [(len(calibrator.confidences), len(calibrator.values)), (len(calibrator.values) > 0, True)]
+        lengths += [(list(calibrator.confidences), sorted(calibrator.confidences))]
+    elif calibrator is not None:
+        local = calibrator.local if isinstance(calibrator, Neighbourhood) else calibrator
+        assert isinstance(local, Scaling)
+        lengths = [(len(curve.slopes), 1 + len(curve.knots)) for curve in local.curves]
+        lengths += [(len(local.of_class), C)] if local.of_class else []
+        if isinstance(calibrator, Neighbourhood):
+            lengths += [(len(calibrator.weights), 1 + len(calibrator.windows))]
+    if wrong or any(is_ != should for is_, should in lengths):
+        raise ValueError(", ".join(wrong) or "numbers that do not belong together")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _leaves(each, key)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _leaves(each, name)
+    else:
+        yield name, value
+
+
+def _good(name: str, value: Any) -> bool:
+    if name == "kind":
+        return value in (*KINDS, "none")
+    if name == "feature":
+        return value in FEATURES
+    if name in ("frame", "windows"):
+        return (name == "frame" and value is None) or (type(value) is int and value > 0)
+    return isinstance(value, (int, float)) and math.isfinite(value)
