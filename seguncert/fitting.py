@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,8 @@ from seguncert.calibration import (
     Remap,
     Scaling,
     Vector,
+    floored,
+    shown,
 )
 
 RUN = 20  # labelled pixels of which one is drawn
@@ -60,15 +63,23 @@ class Drawn:
     group: str
     windows_NE: Float32[np.ndarray, "N E"] | None = None
 
-    def every(self, step: int) -> Drawn:
-        """Each `step`-th pixel."""
+    def __len__(self) -> int:
+        return len(self.logits_NC)
+
+    def every(self, step: int, round: int = 0) -> Drawn:
+        """Each `step`-th pixel; the first is picked by the picture's name and the round, so that no place is preferred."""
         if step == 1:
             return self
-        windows_NE = None if self.windows_NE is None else self.windows_NE[::step].copy()
+        part = slice((_digest(self.picture) >> round % 64) % step, None, step)
+        windows_NE = None if self.windows_NE is None else self.windows_NE[part].copy()
         logits_NC, votes_NC, features_NF = (
-            each[::step].copy() for each in (self.logits_NC, self.votes_NC, self.features_NF)
+            each[part].copy() for each in (self.logits_NC, self.votes_NC, self.features_NF)
         )
         return Drawn(logits_NC, votes_NC, features_NF, self.picture, self.group, windows_NE)
+
+
+def _digest(picture: str) -> int:
+    return int.from_bytes(hashlib.blake2b(picture.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass
@@ -83,27 +94,35 @@ class Pixels:
     most: int = MOST
     halved: int = 0
     drawn: list[Drawn] = field(default_factory=list)
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = sum(len(each) for each in self.drawn)
 
     def __len__(self) -> int:
-        return sum(len(each.logits_NC) for each in self.drawn)
+        return self.total
 
     def picker(self, picture: str, labelled: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, " k"]:
         """Of the places of labelled pixels, one of each run; the same for a picture wherever it comes in the order."""
-        name = hashlib.blake2b(picture.encode(), digest_size=8).digest()
-        rng = np.random.default_rng([self.seed, int.from_bytes(name, "little")])
+        rng = np.random.default_rng([self.seed, _digest(picture)])
         starts = np.arange(0, len(labelled), self.run)
         within = np.minimum(self.run, len(labelled) - starts)
         return labelled[starts + (rng.random(len(starts)) * within).astype(np.int64)]
 
     def add(self, drawn: Drawn) -> None:
         """Keep what was drawn from a picture by `picker`."""
-        self.drawn.append(drawn.every(2**self.halved))
-        while len(self) > self.most:
+        for round in range(self.halved):
+            drawn = drawn.every(2, round)
+        self.drawn.append(drawn)
+        self.total += len(drawn)
+        while self.total > self.most:
+            for k, each in enumerate(self.drawn):  # one by one: never all of them twice
+                self.drawn[k] = each.every(2, self.halved)
             self.halved += 1
-            self.drawn = [each.every(2) for each in self.drawn]
+            self.total = sum(len(each) for each in self.drawn)
 
     def thinned(self, most: int) -> Pixels:
-        """At most so many of them."""
+        """About so many of them, each `step`-th of a picture."""
         step = -(-len(self) // most)
         return replace(self, drawn=[each.every(step) for each in self.drawn])
 
@@ -114,12 +133,12 @@ class Pixels:
     def blocks(self) -> Iterator[tuple[Float[Tensor, "n C"], Float[Tensor, "n C"], Float[Tensor, "n F"]]]:
         """Logits less their largest, shares of the raters, features; after them means of the windows, if there are any."""
         for each in self.drawn:
-            for start in range(0, len(each.logits_NC), ROWS):
+            for start in range(0, len(each), ROWS):
                 part = slice(start, start + ROWS)
                 logits_NC, votes = torch.from_numpy(each.logits_NC[part]), each.votes_NC[part]
                 if votes.ndim == 1:
                     votes = np.eye(self.C, dtype=np.float32)[votes]
-                z_NC = logits_NC - logits_NC.amax(1, keepdim=True)
+                z_NC = floored(logits_NC - logits_NC.amax(1, keepdim=True))
                 seen = [each.features_NF[part], *([] if each.windows_NE is None else [each.windows_NE[part]])]
                 yield z_NC, torch.from_numpy(votes), torch.from_numpy(np.concatenate(seen, 1) if seen[1:] else seen[0])
 
@@ -128,13 +147,13 @@ class Pixels:
         found = {}
         for each in self.drawn:
             total = 0.0
-            for z_NC, votes_NC, features_NF in self.only(lambda other, each=each: other is each).blocks():  # type: ignore[misc]
+            for z_NC, votes_NC, features_NF in replace(self, drawn=[each]).blocks():
                 if calibrator is not None:
                     z_NC = calibrator(z_NC.T[:, None].contiguous(), self.seen(calibrator, features_NF).T[:, None])[
                         :, 0
                     ].T
                 total -= float((votes_NC * z_NC.log_softmax(1).clamp(min=-1e4)).sum(dtype=torch.float64))
-            found[each.picture] = (total, len(each.logits_NC))
+            found[each.picture] = (total, len(each))
         return found
 
     def seen(self, calibrator: Calibrator, features_NF: Float[Tensor, "n F"]) -> Float[Tensor, "n G"]:
@@ -161,18 +180,32 @@ def fit(kind: str, pixels: Pixels) -> Scaling | Neighbourhood | Vector | Remap:
         return _fit_remap(kind, pixels)
     if kind == "neighbourhood":
         return _fit_neighbourhood(pixels)
+    _check_bounds(pixels)
     temperature = _fit_scaling(Scaling("temperature", 0.0, frame=pixels.frame), pixels)
-    if abs(temperature.constant) > WIDEST:
-        raise CalibrationError(
-            f"temperature: expected one from {math.exp(-WIDEST):.2g} to {math.exp(WIDEST):.2g}. Received: "
-            f"{math.exp(-temperature.constant):.3g}; {'all pixels are right' if temperature.constant > 0 else 'the logits say nothing of the labels'}. "
-            "Use more pictures, or check that labels and model belong together."
-        )
     if kind == "class-conditional":
         return _fit_scaling(replace(temperature, kind=kind, of_class=(0.0,) * pixels.C), pixels)
     if kind == "local":
         return _fit_scaling(replace(temperature, kind=kind, curves=tuple(_curves(pixels))), pixels)
     return temperature
+
+
+def _check_bounds(pixels: Pixels) -> None:
+    """Raise CalibrationError unless the best temperature lies within `WIDEST`.
+
+    d NLL / dβ = Σ p_c z_c − Σ t_c z_c rises with β: it must be positive at the largest β and negative at the least.
+    """
+    slopes = np.zeros(2)
+    for z_NC, votes_NC, _ in pixels.blocks():
+        for k, beta in enumerate((math.exp(-WIDEST), math.exp(WIDEST))):
+            slopes[k] += float((((beta * z_NC).softmax(1) - votes_NC) * z_NC).sum(dtype=torch.float64))
+    if not np.isfinite(slopes).all():
+        raise CalibrationError("temperature: expected finite logits. Received: NaN or infinity among them")
+    if slopes[0] >= 0 or slopes[1] <= 0:
+        found = "more; the logits say nothing of the labels" if slopes[0] >= 0 else "less; all pixels are right"
+        raise CalibrationError(
+            f"temperature: expected one from {math.exp(-WIDEST):.2g} to {math.exp(WIDEST):.0f}. Received: {found}."
+            " Use more pictures, or check that labels and model belong together."
+        )
 
 
 def _fit_scaling(start: Scaling, pixels: Pixels) -> Scaling:
@@ -318,13 +351,11 @@ def _newton(
         if promised < DONE:
             return weights - step
         length = min(1.0, 2.0 / max(1e-12, float(np.abs(step).max()))) if kind == "temperature" else 1.0
-        while value(weights - length * step, False)[0] > now - 1e-4 * length * promised:
+        while not value(weights - length * step, False)[0] <= now - 1e-4 * length * promised:  # NaN is no gain either
             length /= 2
             if length < 1e-6:  # rounding is all that is left
                 return weights
         weights = weights - length * step
-        if kind == "temperature" and abs(float(weights[0])) > 2 * WIDEST:
-            return weights
     raise CalibrationError(f"{kind}: expected the fit to end within {STEPS} steps. Received: a gradient of {np.abs(gradient).max():.1g}")  # fmt: skip
 
 
@@ -345,9 +376,9 @@ def _fit_remap(kind: str, pixels: Pixels) -> Remap:
     """How often the shown class is right by confidence; over bins of equal mass, or the nearest that rises (PAV)."""
     confidences, hits = [], []
     for z_NC, votes_NC, _ in pixels.blocks():
-        p_N, label_N = z_NC.softmax(1).max(1)
-        confidences.append(p_N.double().numpy())
-        hits.append(votes_NC.gather(1, label_N[:, None])[:, 0].double().numpy())
+        label_1N, p_1N, _ = shown(z_NC.T[:, None])
+        confidences.append(p_1N[0].numpy())
+        hits.append(votes_NC.gather(1, label_1N.T)[:, 0].double().numpy())
     confidence_N = np.concatenate(confidences)
     order = np.argsort(confidence_N, kind="stable")
     confidence_N, hit_N = confidence_N[order], np.concatenate(hits)[order]
@@ -399,13 +430,13 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
     With one sequence only the folds are blocks of consecutive pictures, and more than one temperature is not
     tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %).
     """
-    pixels = pixels.thinned(JUDGED)
+    pixels = pixels.only(lambda each: len(each) > 0).thinned(JUDGED)
+    if len(pixels.drawn) < 2:
+        raise CalibrationError("calibrator auto: expected at least two pictures with labels, to hold one out. Received:"
+                               f" {len(pixels.drawn)}. Name a calibrator, as temperature.")  # fmt: skip
     folds, clusters, how = folds_of(pixels)
     if how["by"] != "sequence":
         kinds = ()
-    if len(set(folds.values())) < 2:
-        raise CalibrationError("calibrator auto: expected at least two pictures with labels, to hold one out. Received: one."
-                               " Name a calibrator, as temperature.")  # fmt: skip
     held: dict[str, dict[str, tuple[float, int]]] = {kind: {} for kind in ("none", "temperature", *kinds)}
     for fold in sorted(set(folds.values())):
         test = pixels.only(lambda each, fold=fold: folds[each.picture] == fold)  # type: ignore[misc]
@@ -424,7 +455,7 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
 def folds_of(pixels: Pixels) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
     """To which fold a picture belongs, to which cluster of the bootstrap, and that in words."""
     groups: dict[str, list[str]] = {}
-    for each in sorted(pixels.drawn, key=lambda each: each.picture):
+    for each in sorted(pixels.drawn, key=lambda each: _in_words_and_numbers(each.picture)):
         groups.setdefault(each.group, []).append(each.picture)
     clusters = dict[str, str]()
     for group, pictures in groups.items():
@@ -442,6 +473,11 @@ def folds_of(pixels: Pixels) -> tuple[dict[str, str], dict[str, str], dict[str, 
         folds = {picture: f"block {k * BLOCKS // len(every)}" for k, picture in enumerate(every)}
         by = "blocks of consecutive pictures"
     return folds, clusters, {"folds": len(set(folds.values())), "by": by, "clusters": len(set(clusters.values()))}
+
+
+def _in_words_and_numbers(name: str) -> list[tuple[int, str]]:
+    """Sorts picture 9 before picture 10."""
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def compare(
