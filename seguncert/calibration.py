@@ -34,6 +34,7 @@ from torch import Tensor
 from seguncert.kernels import ONE, compiled
 from seguncert.predict import rows_at_size
 from seguncert.scores import BLOCK, ZERO, _exponentials
+from seguncert.slopes import LEAST_LOG
 from seguncert.store import write_file
 
 VERSION = 1
@@ -44,7 +45,6 @@ LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
 LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
 WIDEST_GAP = 15.0  # nats between the two largest logits, likewise
 LEAST_ENTROPY = 1e-3  # added before the logarithm of a mean
-LEAST_LOG = -104.0  # ln of less than any float: stands for the −inf of a class to which no sample gave anything
 HAIR = 1e-3  # nats by which the shown class stays ahead
 FAINTEST = np.float32(-80)  # ln p below which a class is as good as none
 OF_PIXEL = {"doubt": "ln(1 − p̂)", "gap": "largest minus second largest logit, in nats"}
@@ -225,7 +225,7 @@ def _unfamiliar(logits_Chw: Tensor, low: float, high: float, frame: tuple[int, i
 
 def floored(z: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """The same tensor, −inf in it replaced by `LEAST_LOG`."""
-    return z.masked_fill_(z == -torch.inf, LEAST_LOG)
+    return z.masked_fill_(z == -torch.inf, float(LEAST_LOG))
 
 
 def shown(

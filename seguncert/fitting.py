@@ -35,6 +35,7 @@ from seguncert.calibration import (
     floored,
     shown,
 )
+from seguncert.slopes import scaled_nll
 
 RUN = 20  # labelled pixels of which one is drawn
 MOST = 1 << 20  # pixels kept; when there are more, every second one goes
@@ -130,17 +131,23 @@ class Pixels:
         """Those of some pictures."""
         return replace(self, drawn=[each for each in self.drawn if keep(each)])
 
-    def blocks(self) -> Iterator[tuple[Float[Tensor, "n C"], Float[Tensor, "n C"], Float[Tensor, "n F"]]]:
-        """Logits less their largest, shares of the raters, features; after them means of the windows, if there are any."""
+    def parts(self) -> Iterator[Drawn]:
+        """At most `ROWS` of a picture at a time."""
         for each in self.drawn:
             for start in range(0, len(each), ROWS):
-                part = slice(start, start + ROWS)
-                logits_NC, votes = torch.from_numpy(each.logits_NC[part]), each.votes_NC[part]
-                if votes.ndim == 1:
-                    votes = np.eye(self.C, dtype=np.float32)[votes]
-                z_NC = floored(logits_NC - logits_NC.amax(1, keepdim=True))
-                seen = [each.features_NF[part], *([] if each.windows_NE is None else [each.windows_NE[part]])]
-                yield z_NC, torch.from_numpy(votes), torch.from_numpy(np.concatenate(seen, 1) if seen[1:] else seen[0])
+                rows = slice(start, start + ROWS)
+                windows_NE = None if each.windows_NE is None else each.windows_NE[rows]
+                yield replace(each, logits_NC=each.logits_NC[rows], votes_NC=each.votes_NC[rows], features_NF=each.features_NF[rows], windows_NE=windows_NE)  # fmt: skip
+
+    def blocks(self) -> Iterator[tuple[Float[Tensor, "n C"], Float[Tensor, "n C"], Float[Tensor, "n F"]]]:
+        """Logits less their largest, shares of the raters, features; after them means of the windows, if there are any."""
+        for part in self.parts():
+            logits_NC, votes = torch.from_numpy(part.logits_NC), part.votes_NC
+            if votes.ndim == 1:
+                votes = np.eye(self.C, dtype=np.float32)[votes]
+            z_NC = floored(logits_NC - logits_NC.amax(1, keepdim=True))
+            seen = [part.features_NF, *([] if part.windows_NE is None else [part.windows_NE])]
+            yield z_NC, torch.from_numpy(votes), torch.from_numpy(np.concatenate(seen, 1) if seen[1:] else seen[0])
 
     def nll(self, calibrator: Calibrator | None) -> dict[str, tuple[float, int]]:
         """Sum of −Σ t ln p in nats over the pixels of each picture, and how many they are."""
@@ -192,14 +199,15 @@ def fit(kind: str, pixels: Pixels) -> Scaling | Neighbourhood | Vector | Remap:
 def _check_bounds(pixels: Pixels) -> None:
     """Raise CalibrationError unless the best temperature lies within `WIDEST`.
 
-    d NLL / dβ = Σ p_c z_c − Σ t_c z_c rises with β: it must be positive at the largest β and negative at the least.
+    d NLL / dβ rises with β: it must be positive at the largest β and negative at the least, and d NLL / d ln β with it.
     """
     slopes = np.zeros(2)
-    for z_NC, votes_NC, _ in pixels.blocks():
-        for k, beta in enumerate((math.exp(-WIDEST), math.exp(WIDEST))):
-            slopes[k] += float((((beta * z_NC).softmax(1) - votes_NC) * z_NC).sum(dtype=torch.float64))
-    if not np.isfinite(slopes).all():
-        raise CalibrationError("temperature: expected finite logits. Received: NaN or infinity among them")
+    for part in pixels.parts():
+        for k, eta in enumerate((-WIDEST, WIDEST)):
+            nll, slope_N, _ = scaled_nll(part.logits_NC, part.votes_NC, np.full(len(part), eta, np.float32))
+            if not math.isfinite(nll):
+                raise CalibrationError("temperature: expected finite logits. Received: NaN or infinity among them")
+            slopes[k] += slope_N.sum(dtype=np.float64)
     if slopes[0] >= 0 or slopes[1] <= 0:
         found = "more; the logits say nothing of the labels" if slopes[0] >= 0 else "less; all pixels are right"
         raise CalibrationError(
@@ -211,7 +219,7 @@ def _check_bounds(pixels: Pixels) -> None:
 def _fit_scaling(start: Scaling, pixels: Pixels) -> Scaling:
     """Newton's method on what ln β is made of, with the curvature β² Var z ≥ 0 in place of the exact one, which can be negative.
 
-    d NLL / d ln β = Σ p_c s_c − Σ t_c s_c with s = β z and p = softmax(s); the curvature is the variance of s under p.
+    See `scaled_nll`, of which these are the derivatives by what ln β is made of.
     """
     C, classes, curves = pixels.C, len(start.of_class), start.curves
     P = 1 + classes + sum(len(curve.slopes) for curve in curves)
@@ -220,29 +228,24 @@ def _fit_scaling(start: Scaling, pixels: Pixels) -> Scaling:
     ridge = np.full(P, RIDGE.get(start.kind, 0.0)) * (scales**2)
     ridge[0] = 0
 
-    def design(z_NC: Tensor, features_NF: Tensor) -> Tensor:
-        parts = [torch.ones(len(z_NC), 1)]
+    def design(part: Drawn) -> Tensor:
+        factors = [torch.ones(len(part), 1)]
         if classes:
-            parts.append(torch.nn.functional.one_hot(z_NC.argmax(1), C).float())
+            factors.append(torch.nn.functional.one_hot(torch.from_numpy(part.logits_NC).argmax(1), C).float())
         for curve, column in zip(curves, columns, strict=True):
-            parts.append(torch.stack(curve.basis(features_NF[:, column]), 1))
-        return torch.cat(parts, 1)
+            factors.append(torch.stack(curve.basis(torch.from_numpy(part.features_NF[:, column])), 1))
+        return torch.cat(factors, 1)
 
-    def value(weights: np.ndarray, derivatives: bool) -> tuple[float, np.ndarray, np.ndarray]:
+    def value(weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         total, gradient, hessian = 0.0, np.zeros(P), np.zeros((P, P))
         weight = torch.from_numpy(weights).float()
-        for z_NC, votes_NC, features_NF in pixels.blocks():
-            X_NP = design(z_NC, features_NF) if P > 1 else torch.ones(len(z_NC), 1)
-            s_NC = z_NC * (X_NP @ weight).exp_()[:, None]
-            lse_N = s_NC.logsumexp(1)
-            said_N = (votes_NC * s_NC).sum(1)
-            total += float((lse_N - said_N).sum(dtype=torch.float64))
-            if derivatives:
-                p_NC = (s_NC - lse_N[:, None]).exp_()
-                mean_N = (p_NC * s_NC).sum(1)
-                variance_N = (p_NC * s_NC.square()).sum(1).sub_(mean_N.square()).clamp_(min=0)
-                gradient += (X_NP.T @ (mean_N - said_N)).double().numpy()
-                hessian += (X_NP.T @ (X_NP * variance_N[:, None])).double().numpy()
+        for part in pixels.parts():
+            X_NP = design(part)
+            nll, *by_eta = scaled_nll(part.logits_NC, part.votes_NC, (X_NP @ weight).numpy())
+            total += nll
+            slope_N, curvature_N = map(torch.from_numpy, by_eta)
+            gradient += (X_NP.T @ slope_N).double().numpy()
+            hessian += (X_NP.T @ (X_NP * curvature_N[:, None])).double().numpy()
         N = len(pixels)
         return total / N + 0.5 * float(ridge @ weights**2), gradient / N + ridge * weights, hessian / N + np.diag(ridge)
 
@@ -264,7 +267,7 @@ def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
     low, middle, high = float(doubt.min()), float(doubt.mean()), float(doubt.max())
     P = 2 * (1 + K)
 
-    def value(weights: np.ndarray, derivatives: bool) -> tuple[float, np.ndarray, np.ndarray]:
+    def value(weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         total, gradient, hessian = 0.0, np.zeros(P), np.zeros((P, P))
         weight_P = torch.from_numpy(weights).float()
         for z_NC, votes_NC, features_NF in pixels.blocks():
@@ -275,14 +278,13 @@ def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
             x_NPC = torch.cat([x_NKC, x_NKC * off_N], 1)
             log_NC = (x_NPC * weight_P[:, None]).sum(1).log_softmax(1)
             total -= float((votes_NC * log_NC).sum(dtype=torch.float64))
-            if derivatives:
-                p_NC = log_NC.exp()
-                mean_NP = (x_NPC @ p_NC[..., None])[..., 0]
-                said_NP = (x_NPC @ votes_NC[..., None])[..., 0]
-                gradient += (mean_NP - said_NP).double().sum(0).numpy()
-                spread_NPC = (x_NPC - mean_NP[..., None]) * p_NC.sqrt()[:, None]
-                flat = spread_NPC.transpose(0, 1).flatten(1)
-                hessian += (flat @ flat.T).double().numpy()
+            p_NC = log_NC.exp()
+            mean_NP = (x_NPC @ p_NC[..., None])[..., 0]
+            said_NP = (x_NPC @ votes_NC[..., None])[..., 0]
+            gradient += (mean_NP - said_NP).double().sum(0).numpy()
+            spread_NPC = (x_NPC - mean_NP[..., None]) * p_NC.sqrt()[:, None]
+            flat = spread_NPC.transpose(0, 1).flatten(1)
+            hessian += (flat @ flat.T).double().numpy()
         N, tiny = len(pixels), 1e-9 * np.eye(P)
         return total / N, gradient / N, hessian / N + tiny
 
@@ -312,22 +314,21 @@ def _fit_vector(pixels: Pixels) -> Vector:
     """Newton's method on factors and biases; the problem is convex. The biases' common shift, which means nothing, stays 0."""
     C = pixels.C
 
-    def value(weights: np.ndarray, derivatives: bool) -> tuple[float, np.ndarray, np.ndarray]:
+    def value(weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         total, gradient, hessian = 0.0, np.zeros(2 * C), np.zeros((2 * C, 2 * C))
         factor_C, bias_C = (torch.from_numpy(part).float() for part in (weights[:C], weights[C:]))
         for z_NC, votes_NC, _ in pixels.blocks():
             s_NC = z_NC * factor_C + bias_C
             lse_N = s_NC.logsumexp(1)
             total += float((lse_N - (votes_NC * s_NC).sum(1)).sum(dtype=torch.float64))
-            if derivatives:
-                p_NC = (s_NC - lse_N[:, None]).exp_()
-                off_NC = p_NC - votes_NC
-                gradient += torch.cat([(off_NC * z_NC).sum(0), off_NC.sum(0)]).double().numpy()
-                scaled = torch.cat([p_NC * z_NC, p_NC], 1)
-                hessian -= (scaled.T @ scaled).double().numpy()
-                diagonals = (p_NC * z_NC.square()).sum(0), (p_NC * z_NC).sum(0), p_NC.sum(0)
-                own, mixed, bias = (torch.diag(each.double()).numpy() for each in diagonals)
-                hessian += np.block([[own, mixed], [mixed, bias]])
+            p_NC = (s_NC - lse_N[:, None]).exp_()
+            off_NC = p_NC - votes_NC
+            gradient += torch.cat([(off_NC * z_NC).sum(0), off_NC.sum(0)]).double().numpy()
+            scaled = torch.cat([p_NC * z_NC, p_NC], 1)
+            hessian -= (scaled.T @ scaled).double().numpy()
+            diagonals = (p_NC * z_NC.square()).sum(0), (p_NC * z_NC).sum(0), p_NC.sum(0)
+            own, mixed, bias = (torch.diag(each.double()).numpy() for each in diagonals)
+            hessian += np.block([[own, mixed], [mixed, bias]])
         N = len(pixels)
         tiny = 1e-9 * np.ones(2 * C)  # holds what the data leave open: a class never near, the common shift
         off = weights - np.repeat([1.0, 0.0], C)
@@ -338,11 +339,11 @@ def _fit_vector(pixels: Pixels) -> Vector:
 
 
 def _newton(
-    value: Callable[[np.ndarray, bool], tuple[float, np.ndarray, np.ndarray]], weights: np.ndarray, kind: str
+    value: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], weights: np.ndarray, kind: str
 ) -> np.ndarray:
     """Damped until no step wins more than `DONE` nats."""
+    now, gradient, hessian = value(weights)
     for _ in range(STEPS):
-        now, gradient, hessian = value(weights, True)
         if not math.isfinite(now):
             raise CalibrationError(f"{kind}: expected finite logits. Received: NaN or infinity among them")
         damping = 1e-12 * max(1.0, float(np.trace(hessian)))
@@ -351,11 +352,12 @@ def _newton(
         if promised < DONE:
             return weights - step
         length = min(1.0, 2.0 / max(1e-12, float(np.abs(step).max()))) if kind == "temperature" else 1.0
-        while not value(weights - length * step, False)[0] <= now - 1e-4 * length * promised:  # NaN is no gain either
+        while not (tried := value(weights - length * step))[0] <= now - 1e-4 * length * promised:  # NaN is no gain
             length /= 2
             if length < 1e-6:  # rounding is all that is left
                 return weights
         weights = weights - length * step
+        now, gradient, hessian = tried
     raise CalibrationError(f"{kind}: expected the fit to end within {STEPS} steps. Received: a gradient of {np.abs(gradient).max():.1g}")  # fmt: skip
 
 

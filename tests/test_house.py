@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # a module imports only modules above it
-    "kernels", "moments", "video", "detection", "scores", "metrics", "conformal", "coverage", "maps", "image", "labels", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
+    "kernels", "moments", "video", "detection", "slopes", "scores", "metrics", "conformal", "coverage", "maps", "image", "labels", "render", "legend", "report", "store", "tables", "card", "model", "noise", "dropout", "prefix",
     "backends", "fused", "closed", "tail", "predict", "calibration", "fitting", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "clusters", "published", "worst", "tally", "figures", "findings", "evaluation", "calibrating", "cli",
 ]  # fmt: skip
 LEAVES = {"kernels", "moments", "image", "render", "store", "card"}
