@@ -209,7 +209,7 @@ def _check_bounds(pixels: Pixels) -> None:
                 raise CalibrationError("temperature: expected finite logits. Received: NaN or infinity among them")
             slopes[k] += slope_N.sum(dtype=np.float64)
     if slopes[0] >= 0 or slopes[1] <= 0:
-        found = "more; the logits say nothing of the labels" if slopes[0] >= 0 else "less; all pixels are right"
+        found = "less; all pixels are right" if slopes[1] <= 0 else "more; the logits say nothing of the labels"
         raise CalibrationError(
             f"temperature: expected one from {math.exp(-WIDEST):.2g} to {math.exp(WIDEST):.0f}. Received: {found}."
             " Use more pictures, or check that labels and model belong together."
