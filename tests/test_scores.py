@@ -164,6 +164,22 @@ def test_calibration_error_of_confidences():
         calibration_error(np.float32([0.5, math.nan, 1.5]), np.ones(3, bool))
 
 
+def test_confidences_picture_by_picture_are_those_of_all():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.random(5000).astype(np.float32), rng.random(5000) < 0.5
+    whole, pictures, other = Reliability.empty(), Reliability.empty(), Reliability.empty()
+    whole.update(confidence, correct)
+    for part in (slice(0, 7), slice(7, 7), slice(7, 3000)):
+        pictures.update(confidence[part], correct[part])
+    other.update(confidence[3000:], correct[3000:])
+    pictures.merge(other)
+    bin_N = np.minimum((15 * confidence).astype(int), 14)
+    assert (whole.count == np.bincount(bin_N, minlength=15)).all() and (whole.count == pictures.count).all()
+    assert (whole.hits == np.bincount(bin_N[correct], minlength=15)).all() and (whole.hits == pictures.hits).all()
+    assert whole.forecast == pytest.approx(np.bincount(bin_N, confidence.astype(np.float64)), rel=1e-12)
+    assert pictures.forecast == pytest.approx(whole.forecast, rel=1e-12)
+
+
 def test_debiased_error_is_nearer_to_zero_when_calibrated():
     rng = np.random.default_rng(0)
     plain, debiased = [], []
