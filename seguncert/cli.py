@@ -248,6 +248,16 @@ def evaluate(
         Published | None,
         typer.Option(help="adds errors as published code makes them; lts: Local Temperature Scaling, for CamVid"),
     ] = None,
+    corruptions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|NAMES",
+            help="judges photos made worse too, in five severities, before and after calibration: gaussian-noise, defocus-blur,"
+            " motion-blur, darkness, brightness, fog, contrast, jpeg; comma between. Each of these photos then costs 1 + 5 x"
+            " names passes, 41 for all [default: none]",
+        ),
+    ] = None,
+    corrupted: Annotated[int, typer.Option(min=1, help="photos that are made worse at most, evenly spaced")] = 50,
     workers: Annotated[
         int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
     ] = None,
@@ -266,7 +276,7 @@ def evaluate(
         names = model or ["street"]
         err.print(f"loading {', '.join(names)} …")
         from seguncert.evaluation import evaluate as judge
-        from seguncert.findings import summary
+        from seguncert.findings import shift_summary, summary
 
         with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
             try:
@@ -279,6 +289,8 @@ def evaluate(
                     boundary=boundary,
                     replicates=replicates,
                     protocol=None if protocol is None else protocol.value,
+                    corruptions=_listed(corruptions),
+                    corrupted=corrupted,
                     method=method,
                     samples=_number("samples", samples),
                     seed=seed,
@@ -305,7 +317,18 @@ def evaluate(
         table = Table("", *("calibrated", "before", "change") if len(rows[0][1]) > 1 else ("",), box=None)
         for title, cells in rows:
             table.add_row(title, *(f"{value}  [{ends}]" if ends else value for value, ends in cells))
-        Console(markup=False, highlight=False).print(table)
+        console = Console(markup=False, highlight=False)
+        console.width = max(console.width, 120)
+        console.print(table)
+        header, worse = shift_summary(result.metrics)
+        if worse:
+            table = Table(*header, box=None)
+            for row in worse:
+                table.add_row(*row)
+            console.print()
+            console.print(table)
+            about = result.metrics["corruptions"]["about"]
+            err.print(f"made worse: {about['images']} images judged, {about['chosen']}")
         err.print(
             f"{result.done} images judged, {result.failed} failed; {result.metrics['protocol']['intervals']['number']} clusters"
         )

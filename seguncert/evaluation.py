@@ -22,6 +22,7 @@ from seguncert import maps as maps_
 from seguncert.batch import Spec, list_images, load_models, sequences
 from seguncert.calibration import Calibration, Calibrator, both_rows, find_calibration
 from seguncert.clusters import find_clusters
+from seguncert.corruptions import check_names
 from seguncert.findings import check_out, write_findings
 from seguncert.image import LARGE, MAX_BYTES, MAX_PIXELS, ImageError, read_image
 from seguncert.job import PIXELS, Job, available_cores
@@ -32,6 +33,7 @@ from seguncert.predict import rows_at_size, scale_factor
 from seguncert.published import image_errors
 from seguncert.run import Settings, chosen_maps, chosen_views, predict_photo
 from seguncert.scores import Scores, boundary_band
+from seguncert.shift import Shift, Shifted, evenly
 from seguncert.tally import Judged, Part, Tally
 from seguncert.tiles import MOST, Sampler, moments_bytes
 from seguncert.video import Carry
@@ -62,6 +64,8 @@ def evaluate(
     boundary: int = 3,
     replicates: int = 200,
     protocol: Literal["lts"] | None = None,
+    corruptions: str | Sequence[str] | None = None,
+    corrupted: int = 50,
     method: str = "none",
     samples: int | Literal["auto"] = 20,
     seed: int = 0,
@@ -93,6 +97,9 @@ def evaluate(
         boundary: width in pixels of the band along boundaries between classes, on either side.
         replicates: of the bootstrap over `seguncert.clusters`, drawn from `seed`.
         protocol: lts adds the errors of `seguncert.published`.
+        corruptions: names of `seguncert.corruptions`, or all: judges photos made worse too, five times for each name.
+            A photo that cannot be judged under one of them has failed.
+        corrupted: how many photos at most, evenly spaced; what is random in them follows from `seed` and their names.
         carry: as in `seguncert.export`; frames are then taken one after another.
         method, samples, seed, views, max_error, drop_path, insert_dropout, maps, scale, tile, workers, device, backend,
             precision, max_pixels, progress: as in `seguncert.export`.
@@ -107,11 +114,14 @@ def evaluate(
         method, samples, drawn_seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
         () if maps is None else chosen_maps(maps),
     )  # fmt: skip
-    for name, value, least in (("boundary", boundary, 0), ("replicates", replicates, 1)):
+    for name, value, least in (("boundary", boundary, 0), ("replicates", replicates, 1), ("corrupted", corrupted, 1)):
         if value < least:
             raise ValueError(f"{name}: expected {least} or more. Received: {value}")
     if protocol not in (None, *PROTOCOLS):
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, or none. Received: {protocol!r}")
+    names = () if corruptions is None else check_names(corruptions)
+    if names and carry is not None:
+        raise ValueError(f"corruptions: expected photos by themselves, without carry. Received: carry {carry}")
     paths, of_image = _files(images, labels, out)
     models, _ = load_models(model, device, insert_dropout or {}, method)
     scale_factor(models[0], 1, 1, scale)
@@ -123,9 +133,13 @@ def evaluate(
         precision=precision, calibration=fitted,
     )  # fmt: skip
     net, sampler, engine = job.engine(models, workers)
+    labelled = [path for path in paths if Path(path).with_suffix("") in of_image]
+    stages = 1 if calibrator is None else 2
+    photos = frozenset(evenly(labelled, corrupted))
+    shift = Shift(names, photos, len(labelled), len(net.classes), stages, replicates, seed)
     tally = Tally.empty(
         net.classes, settings.maps, find_clusters(paths), calibrated=calibrator is not None, published=protocol == "lts",
-        replicates=replicates, seed=seed,
+        replicates=replicates, seed=seed, shift=shift if names else None,
     )  # fmt: skip
     judge = _Judge(job, net, sampler, of_image, ignore_index, boundary, calibrator, tally)
     threads = torch.get_num_threads(), cv2.getNumThreads()
@@ -235,11 +249,12 @@ class _Judge:
             logits, moments, _ = predict_photo(model, sampler, photo.rgb, settings, past)
             with torch.inference_mode():
                 parts, shown_HW, confidence_HW = self._score(logits, moments, labels_HW, number)
+                shifted = self._shifted(path, photo.rgb, labels_HW, parts, sampler)
             pictures = self._pictures(parts, photo.rgb, shown_HW, labels_HW, confidence_HW)
         strange = self.calibration.unfamiliar(logits) if self.calibration else ""
         note = "; ".join(filter(None, [photo.note, strange]))
         row = {"path": path, "status": "ok", "error": "", "note": note, "height": H, "width": W}
-        return Judged(row, parts, pictures)
+        return Judged(row, parts, pictures, shifted)
 
     def _score(
         self,
@@ -265,6 +280,25 @@ class _Judge:
             for stage, sums, (shown_HW, confidence_HW) in zip(stages, scores, shown, strict=True)
         )
         return parts, *shown[0]
+
+    def _shifted(
+        self,
+        path: str,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        labels_HW: UInt8[np.ndarray, "H W"],
+        parts: tuple[Part, ...],
+        sampler: Sampler | None,
+    ) -> Shifted | None:
+        """What came of the photo made worse, if it is one of those that are."""
+        shift = self.tally.shift
+        if shift is None or path not in shift.photos:
+            return None
+
+        def predict(worse: UInt8[np.ndarray, "H W 3"]) -> Iterator[tuple[slice, list[Tensor]]]:
+            logits, _, _ = predict_photo(self.model, sampler, worse, self.job.settings)
+            return self._bands(logits, *rgb.shape[:2])
+
+        return shift.judge(path, rgb, labels_HW, [part.scores.scores for part in parts], predict)
 
     def _bands(
         self, logits_Chw: Float[Tensor, "C h w"], H: int, W: int

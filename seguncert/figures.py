@@ -275,6 +275,62 @@ def images(
         return _svg(figure, name, f"Accuracy against mean confidence of {of}")
 
 
+def severity(
+    name: str,
+    panels: Mapping[str, Sequence[Mapping[str, Any]]],
+    rows: Sequence[tuple[str, str, bool]],
+    *,
+    calibrated: bool,
+) -> str:
+    """Figures against severity 0, 1, …: a column for each corruption, a row for each of `rows`, with one axis; as SVG.
+
+    `panels` has for each title the figures of each severity as in metrics.json, None where one is undefined; `rows` have
+    the figure's name, its title with its unit, and whether it is a share, which is drawn in percent.
+    """
+    wide = min(3.0, max(1.62, 8.4 / len(panels)))
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure((len(panels) * wide + 0.8, 1.75 * len(rows) + 0.7), layout="constrained")
+        grid = figure.subplots(len(rows), len(panels), sharex=True, sharey="row", squeeze=False)
+        for axes, title in zip(grid[0], panels, strict=True):
+            axes.set_title(title)
+        for axes in grid[-1]:
+            axes.set_xlabel("severity")
+        for axes_row, (key, label, share) in zip(grid, rows, strict=True):
+            for axes, conditions in zip(axes_row, panels.values(), strict=True):
+                _severities(axes, conditions, key, calibrated)
+                axes.set_xticks(range(len(conditions)))
+            low, high = axes_row[0].get_ylim()
+            axes_row[0].set_ylim(0 if key in ("ece", "nll") else max(low, 0), min(high, 1.005) if share else high)
+            axes_row[0].set_ylabel(label)
+            if share:
+                axes_row[0].yaxis.set_major_formatter(PercentFormatter(1, None, symbol=" %"))
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=2.6)
+        return _svg(figure, name, "Quality against severity for " + ", ".join(panels))
+
+
+def _severities(axes: Axes, conditions: Sequence[Mapping[str, Any]], key: str, calibrated: bool) -> None:
+    """One panel; where calibration changes nothing the dashes lie on the line."""
+    several = conditions[0].get(f"{key}_interval", [None])[0] is not None
+    label = ("calibrated" if calibrated else "not calibrated") + (", with 95 % interval" if several else "")
+    before = [each["before"] for each in conditions] if calibrated else []
+    _curve(axes, conditions, key, label, color=BLUE, marker="o")
+    if before:
+        style = {"linestyle": "--", "linewidth": 1.2, "marker": "s", "markerfacecolor": "none", "markersize": 6.5}
+        _curve(axes, before, key, "before calibration", color=VERMILION, **style)
+
+
+def _curve(axes: Axes, conditions: Sequence[Mapping[str, Any]], key: str, label: str, **style: Any) -> None:
+    """A line over severities and the band of its intervals, with gaps where a value is undefined."""
+    intervals = [each.get(f"{key}_interval") or [None, None] for each in conditions]
+    value_S, low_S, high_S = (
+        np.array([np.nan if value is None else value for value in values])
+        for values in ([each[key] for each in conditions], *zip(*intervals, strict=True))
+    )
+    axes.fill_between(range(len(conditions)), low_S, high_S, color=style["color"], alpha=0.2, linewidth=0)
+    axes.plot(value_S, label=label, **style)
+
+
 def _unit_square(axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)

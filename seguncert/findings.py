@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from markupsafe import Markup
 from seguncert import figures
 from seguncert import maps as maps_
 from seguncert.clusters import FEW
+from seguncert.corruptions import CORRUPTIONS
 from seguncert.figures import Diagram
 from seguncert.metrics import Evaluation
 from seguncert.render import doubt_ramp
 from seguncert.report import css, environment
 from seguncert.scores import PER_IMAGE, M, Reliability
+from seguncert.shift import CLEAN, SHOWN, conditions
 from seguncert.store import StoreError, cannot_write, write_file
 from seguncert.tally import LEVEL, Tally
 
@@ -54,6 +57,14 @@ HEADLINE = (
     ("e_aurc.confidence", "E-AURC", SHARE, "low", "the same less that of an oracle"),
 )  # fmt: skip
 PRINTED = ("miou", "accuracy", "nll", "brier", "ece", "ece_classwise", "ece_image_mean", "ece_boundary", "error_auroc.confidence", "aurc.confidence")  # fmt: skip
+# of photos made worse: name, title, unit, and how many of value, value before calibration and change stand in the table
+SHIFTED = (
+    ("miou", "Mean IoU", SHARE, 1),
+    ("accuracy", "Accuracy", SHARE, 1),
+    ("confidence", "Mean confidence", SHARE, 1),
+    ("ece", "ECE", SHARE, 3),
+    ("nll", "NLL", NATS, 3),
+)
 OF_MAPS = ("error_auroc", "error_ap", "error_fpr95", "aurc", "e_aurc", "ause")
 
 
@@ -149,8 +160,44 @@ def render(tally: Tally, run: dict[str, Any], metrics: dict[str, Any]) -> str:
         classes=[(name, css(colour)) for name, colour in zip(tally.classes, run["model"]["colours"], strict=True)],
         ramp=", ".join(css(colour) for colour in doubt_ramp("high")[::15]),
         left_out=max(0, C - PANELS),
+        shift=_shift(tally, metrics) if tally.shift is not None else None,
         **{name: Markup(drawing) for name, drawing in _drawings(tally, several).items()},
     )  # fmt: skip
+
+
+def _shift(tally: Tally, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of the photos made worse."""
+    shift, found = tally.shift, metrics["corruptions"]
+    assert shift is not None
+    panels = {CORRUPTIONS[name].title: [found[each] for each in conditions([name])] for name in shift.names}
+    rows = [
+        (key, f"{title} ({unit})" if unit != SHARE else title, unit == SHARE)
+        for key, title, unit, _ in SHIFTED
+        if key != "confidence"
+    ]
+    return {
+        "about": found["about"],
+        "several": len(shift.clusters) > 1,
+        "few": len(shift.clusters) < FEW,
+        "drawing": Markup(figures.severity("severity", panels, rows, calibrated=tally.before is not None)),
+        "header": [(title, ("calibrated", "before", "change")[:shown]) for _, title, _, shown in SHIFTED],
+        "numbers": [
+            (title, severity, [_cells(found[key], name, unit)[:shown] for name, _, unit, shown in SHIFTED])
+            for key, title, severity in _conditions(shift.names, SHOWN)
+        ],
+        "example": shift.example,
+        "clean": _encoded(shift.pictures.get(CLEAN, b"")),
+        "strips": [
+            (CORRUPTIONS[name].title, [(each, _encoded(shift.pictures[f"{name}.{each}"])) for each in SHOWN])
+            for name in shift.names
+        ] if shift.example else [],
+    }  # fmt: skip
+
+
+def _conditions(names: Sequence[str], severities: Sequence[int]) -> list[tuple[str, str, int]]:
+    """Name in metrics.json, title and severity, the clean photos first."""
+    worse = [(f"{name}.{each}", CORRUPTIONS[name].title, each) for name in names for each in severities]
+    return [(CLEAN, "Clean", 0), *worse]
 
 
 def _drawings(tally: Tally, several: bool) -> dict[str, str]:
@@ -252,9 +299,30 @@ def summary(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(title, _cells(metrics, name, unit)) for name, title, unit, *_ in HEADLINE if name in PRINTED]
 
 
+def shift_summary(metrics: dict[str, Any], severity: int = 3) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the figures of photos made worse, for the terminal; none if there were none."""
+    found = metrics.get("corruptions")
+    if found is None:
+        return [], []
+    header, rows = [f"severity {severity}"], []
+    calibrated = "before" in found[CLEAN]
+    for _, title, _, shown in SHIFTED:
+        header += [title, "before"] if calibrated and shown > 1 else [title]
+    for condition, title, _ in _conditions(found["about"]["names"], [severity]):
+        row = [title]
+        stages = [found[condition], *([found[condition]["before"]] if calibrated else [])]
+        for key, _, unit, shown in SHIFTED:
+            row += [written(stage[key], unit) for stage in stages[:shown]]
+        rows.append(row)
+    return header, rows
+
+
 def _worst(row: dict[str, Any]) -> dict[str, Any]:
-    pictures = {name: base64.b64encode(data).decode() for name, data in row["pictures"].items()}
-    return row | {"pictures": pictures}
+    return row | {"pictures": {name: _encoded(data) for name, data in row["pictures"].items()}}
+
+
+def _encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _titled(name: str) -> str:

@@ -15,6 +15,7 @@ from seguncert.clusters import Clusters
 from seguncert.labels import IGNORED
 from seguncert.metrics import Evaluation, ImageScores, middle
 from seguncert.published import LocalTemperatureScaling
+from seguncert.shift import Shift, Shifted
 from seguncert.worst import Worst, overconfidence
 
 LEVEL = 0.95  # of the intervals
@@ -30,11 +31,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Judged:
-    """One image: its row, and unless it failed its parts, those before calibration last; `pictures` if it may be among the worst."""
+    """One image: its row, and unless it failed its parts, those before calibration last; `pictures` if it may be among the worst,
+    `shifted` if it was made worse too."""
 
     row: dict[str, Any]
     parts: tuple[Part, ...] = ()
     pictures: dict[str, bytes] | None = None
+    shifted: Shifted | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Tally:
     now: Stage
     before: Stage | None
     clusters: Clusters
+    shift: Shift | None = None
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     worst: Worst = field(default_factory=Worst)
     used: set[str] = field(default_factory=set)  # clusters with a labelled pixel
@@ -85,7 +89,7 @@ class Tally:
     @classmethod
     def empty(
         cls, classes: Sequence[str], maps: Sequence[str], clusters: Clusters,
-        *, calibrated: bool, published: bool, replicates: int, seed: int,
+        *, calibrated: bool, published: bool, replicates: int, seed: int, shift: Shift | None = None,
     ) -> Tally:  # fmt: skip
         """Of no image. `maps` are judged by how well they find errors, confidence always."""
         sure_is = {name: maps_.MAPS[name].sure_is for name in maps if name != "confidence"}
@@ -98,7 +102,7 @@ class Tally:
                 LocalTemperatureScaling.empty(replicates=replicates, seed=seed) if published else None,
             )  # fmt: skip
 
-        return cls(tuple(classes), stage(), stage() if calibrated else None, clusters)
+        return cls(tuple(classes), stage(), stage() if calibrated else None, clusters, shift)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -119,14 +123,18 @@ class Tally:
             row["overconfidence"] = overconfidence(judged.parts[0].scores.scores)
         if judged.pictures is not None:
             self.worst.add(row | {"pictures": judged.pictures})
+        if self.shift is not None and judged.shifted is not None:
+            self.shift.add(path, judged.shifted, row["cluster"])
         self.rows[path] = row
 
     def metrics(self) -> dict[str, Any]:
         """All figures; with a calibration those from before under `before`, and under `change` what it added, image by image.
 
-        Raises ValueError if no pixel was labelled.
+        Those of pictures made worse are under `corruptions`, condition by condition. Raises ValueError if no pixel was labelled.
         """
         found = self.now.figures(self.classes)
+        if self.shift is not None:
+            found["corruptions"] = {"about": self.shift.about(), **_finite(self.shift.compute(LEVEL))}
         if self.before is None:
             return found
         before = self.before.figures(self.classes)
@@ -149,3 +157,10 @@ def finite(value: float | int) -> float | int | None:
     (0.5, None)
     """
     return value if math.isfinite(value) else None
+
+
+def _finite(values: Any) -> Any:
+    """All numbers of nested figures as JSON can hold them."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    return [finite(value) for value in values] if isinstance(values, tuple) else finite(values)

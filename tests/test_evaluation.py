@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_s
 from torch import nn
 
 from seguncert.calibration import Calibration
+from seguncert.corruptions import CORRUPTIONS, corrupt, picture_seed
 from seguncert.evaluation import evaluate, in_order, measure, total
 from seguncert.image import read_image
 from seguncert.model import Model, load_model, wrap_model
@@ -182,6 +184,81 @@ def test_what_is_written_does_not_depend_on_the_number_of_workers(folder, small_
         assert (folder / "1" / name).read_bytes() == (folder / "3" / name).read_bytes()
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_photos_made_worse_are_judged_as_by_plain_float64(folder, model, calibrated):
+    plain = judged(folder, model, out="plain", calibrator=Sharper() if calibrated else None).metrics
+    metrics = judged(
+        folder, model, calibrator=Sharper() if calibrated else None, corruptions=["jpeg", "gaussian-noise"], corrupted=3
+    ).metrics
+    found, about = metrics["corruptions"], metrics["corruptions"]["about"]
+    assert {name: metrics[name] for name in plain if name != "protocol"} == {
+        name: plain[name] for name in plain if name != "protocol"
+    }
+    assert (about["images"], about["chosen"], len(found)) == (3, "3 evenly spaced of 8 with a label", 12)
+    files = sorted((folder / "images").rglob("*.jpg"))
+    chosen = [files[k] for k in (1, 4, 6)]
+    for condition in ("clean", "jpeg.5", "gaussian-noise.2"):
+        for figures, scale in (
+            [(found[condition], 2), (found[condition]["before"], 1)] if calibrated else [(found[condition], 1)]
+        ):
+            truth, probabilities = [], []
+            for file in chosen:
+                path = file.relative_to(folder / "images")
+                label, rgb = cv2.imread(str(folder / "labels" / path.with_suffix(".png")), -1), read_image(file).rgb
+                if condition != "clean":
+                    name, severity = condition.split(".")
+                    rgb = corrupt(rgb, name, int(severity), picture_seed(0, path.as_posix()))
+                logits = torch.cat([band for _, band in rows_at_size(predict_logits(model, rgb), *label.shape)], 1)
+                truth.append(label[label != VOID].astype(int))
+                probabilities.append((logits.double() * scale).softmax(0).numpy()[:, label != VOID].T)
+            y, p = np.concatenate(truth), np.concatenate(probabilities)
+            expected = {
+                "accuracy": (p.argmax(1) == y).mean(), "nll": log_loss(y, p, labels=[0, 1, 2]), "confidence": p.max(1).mean(),
+                "ece": ece(p.max(1), p.argmax(1) == y),
+                "miou": jaccard_score(y, p.argmax(1), labels=[0, 1, 2], average="macro", zero_division=0),
+            }  # fmt: skip
+            for name, value in expected.items():
+                assert figures[name] == pytest.approx(value, abs=1e-6), (condition, name)
+    assert found["jpeg.5"]["nll"] != found["clean"]["nll"] and about["pixels"] == len(y)
+
+
+def test_photos_made_worse_do_not_depend_on_the_number_of_workers(folder, small_model):
+    sampled = {"method": "mc-dropout", "samples": 2, "insert_dropout": {"segmentation_head": 0.3}, "seed": 3}
+    for workers in (1, 3):
+        judged(
+            folder,
+            small_model,
+            out=str(workers),
+            workers=workers,
+            corruptions=["fog", "motion-blur"],
+            corrupted=4,
+            **sampled,
+        )
+    for name in ("metrics.json", "metrics.csv", "report.html"):
+        assert (folder / "1" / name).read_bytes() == (folder / "3" / name).read_bytes()
+    about = json.loads((folder / "1" / "metrics.json").read_text())["corruptions"]["about"]
+    assert about["seed"] == 3 and about["chosen"] == "4 evenly spaced of 8 with a label"
+
+
+def test_a_photo_that_fails_only_when_it_is_dark_says_so(folder):
+    class Blind(nn.Module):
+        def forward(self, x):
+            dark = x.min() >= 0 and x.mean() < 0.15
+            return torch.cat([x, x.mean(1, keepdim=True)], 1)[:, :3] * (torch.nan if dark else 1)
+
+    (folder / "labels" / "b" / "drive_1.png").unlink()
+    result = judged(
+        folder,
+        wrap_model(Blind(), ["a", "b", "c"], mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        corruptions=["darkness"],
+        corrupted=2,
+    )
+    errors = {row["path"]: row["error"] for row in rows_of(folder) if row["status"] == "failed"}
+    assert (result.done, result.failed) == (5, 3) and "no label" in errors.pop("b/drive_1.jpg")
+    assert len(errors) == 2 and all(error.startswith("darkness of severity ") for error in errors.values())
+    assert result.metrics["corruptions"]["about"]["images"] == 0 and result.metrics["images"] == 5
+
+
 def test_maps_of_samples_are_judged_and_not_calibrated(folder, small_model):
     result = judged(
         folder, small_model, method="mc-dropout", samples=3, seed=4, insert_dropout={"segmentation_head": 0.3},
@@ -263,6 +340,12 @@ def test_one_class_and_one_image_have_no_interval(tmp_path, model):
         ({"replicates": 0}, "replicates: expected 1 or more. Received: 0"),
         ({"method": "magic"}, "method: expected none"),
         ({"protocol": "other"}, "protocol: expected one of lts, or none. Received: 'other'"),
+        ({"corruptions": ["snow"]}, "corruptions: expected all, or some of gaussian-noise, .* Received: 'snow'"),
+        (
+            {"corruptions": "all", "carry": 0.5},
+            "corruptions: expected photos by themselves, without carry. Received: carry 0.5",
+        ),
+        ({"corrupted": 0}, "corrupted: expected 1 or more. Received: 0"),
     ],
 )
 def test_calls_that_are_wrong_are_named(folder, model, change, text):
@@ -324,6 +407,12 @@ def test_the_command_says_what_it_found(folder, small_model):
     assert run.returncode == 1, run.stderr
     assert "Mean IoU" in run.stdout and "ECE, top label" in run.stdout
     assert "7 images judged, 1 failed" in run.stderr and "report.html" in run.stderr
+    worse = ["--ignore-index", "255", "--corruptions", "fog, jpeg", "--corrupted", "2"]
+    run = subprocess.run([*command, *worse], capture_output=True, text=True)
+    assert "severity 3" in run.stdout and "JPEG" in run.stdout, run.stderr
+    assert "made worse: 2 images judged, 2 evenly spaced of 7 with a label" in run.stderr
+    told = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
+    assert all(name in told.stdout for name in CORRUPTIONS) and "1 + 5 x" in told.stdout
     for wrong in ([], ["--ignore-index", "void"]):
         run = subprocess.run([*command, *wrong], capture_output=True, text=True)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1

@@ -34,8 +34,21 @@ def texts(svg):
     return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
+def conditions(*, before=True, several=True):
+    found = []
+    for severity in range(6):
+        each = {"ece": 0.02 + 0.1 * severity, "nll": None if severity == 5 else 0.3 * (1 + severity)}
+        each |= {
+            f"{key}_interval": [value - 0.01, value + 0.02] if value and several else [None, None]
+            for key, value in list(each.items())
+        }
+        found.append(each | ({"before": dict(each)} if before else {}))
+    return found
+
+
 @cache
 def drawings():
+    rows = [("ece", "ECE", True), ("nll", "NLL (nat)", False)]
     curves = {"Confidence": detection().risk_coverage(), "Entropy": detection(wrong=0.4).risk_coverage()}
     shares = {name: detection().accuracy_uncertainty(np.geomspace(1e-4, 1, 41).tolist()) for name in curves}
     diagram = Diagram("All pixels: 12,345 pixels", bins(), bins(20), bins(seed=1))
@@ -47,10 +60,14 @@ def drawings():
         "certain": (figures.accuracy_uncertainty("a", shares), ["threshold of doubt, log axis", "share of pixels", "P(accurate | certain)", "P(uncertain | inaccurate)", "PAvPU"]),
         "confusion": (figures.confusion("m", np.array([[90, 10], [1, 1_999]]), ["sky", "road"]), ["shown class", "true class (pixels)", "sky (100)", "road (2 k)", "90", "share of the true class's pixels"]),
         "images": (figures.images("i", np.array([0.8, 0.9]), np.array([0.9, 0.9]), np.array([1.0, 1.0])), ["mean confidence of the image", "share of its pixels that is right", "calibrated", "before"]),
+        "severity": (figures.severity("w", {"Fog": conditions(), "JPEG": conditions()}, rows, calibrated=True), ["Fog", "JPEG", "ECE", "NLL (nat)", "severity", "5", "20 %", "calibrated, with 95 % interval", "before calibration"]),
+        "uncalibrated": (figures.severity("u", {"Fog": conditions(before=False, several=False)}, rows, calibrated=False), ["Fog", "not calibrated", "severity"]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["reliability", "classes", "risk", "sparse", "certain", "confusion", "images"])
+@pytest.mark.parametrize(
+    "name", ["reliability", "classes", "risk", "sparse", "certain", "confusion", "images", "severity", "uncalibrated"]
+)
 def test_axes_units_and_counts_are_text(name):
     svg, expected = drawings()[name]
     assert set(expected) <= set(texts(svg)) and svg.startswith('<svg role="img" aria-label="')

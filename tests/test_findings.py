@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from seguncert.clusters import find_clusters
-from seguncert.findings import FILES, check_out, write_findings
+from seguncert.corruptions import CORRUPTIONS
+from seguncert.findings import FILES, check_out, shift_summary, write_findings
+from seguncert.shift import CLEAN, SHOWN, Shift, Shifted, Sums, conditions
 from seguncert.store import StoreError
 from seguncert.tally import Judged, Part, Tally
 
@@ -24,9 +26,11 @@ RUN = {
 PICTURES = dict.fromkeys(("photo", "classes", "errors", "confidence"), b"JPEG")
 
 
-def tally_of(paths, calibrated=False, sharpness=3.0, spoil=None):
+def tally_of(paths, calibrated=False, sharpness=3.0, spoil=None, names=()):
+    shift = Shift(tuple(names), frozenset(paths[::2]), len(paths), 3, 1 + calibrated, 30, 0)
     tally = Tally.empty(
-        CLASSES, ("confidence", "entropy"), find_clusters(paths), calibrated=calibrated, published=False, replicates=30, seed=0
+        CLASSES, ("confidence", "entropy"), find_clusters(paths), calibrated=calibrated, published=False, replicates=30, seed=0,
+        shift=shift if names else None,
     )  # fmt: skip
     for k, path in enumerate(paths):
         generator = torch.Generator().manual_seed(k)
@@ -42,7 +46,9 @@ def tally_of(paths, calibrated=False, sharpness=3.0, spoil=None):
             scores.update(factor * logits, labels, {"entropy": entropy.clamp(0, 1)}, np.arange(30) % 4 == labels * 0)
             parts.append(Part(scores))
         row = {"path": path, "status": "ok", "error": "", "note": "", "height": 20, "width": 30}
-        tally.add(Judged(row, tuple(parts), PICTURES))
+        sums = tuple(Sums.of(part.scores.scores) for part in parts)
+        shifted = Shifted(dict.fromkeys(conditions(names), sums), dict.fromkeys(shift.sums, b"JPEG"))
+        tally.add(Judged(row, tuple(parts), PICTURES, shifted if names and path in shift.photos else None))
     return tally
 
 
@@ -161,3 +167,42 @@ def test_the_same_tally_gives_the_same_files(tmp_path):
         write_findings(tally_of(["a.png", "b.png"], calibrated=True), RUN, tmp_path / name)
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_photos_made_worse_have_a_section_of_their_own(tmp_path, calibrated):
+    paths = [f"{drive}_{k}.png" for drive in "abcdef" for k in range(2)]
+    metrics = write_findings(tally_of(paths, calibrated, names=["fog", "jpeg"]), RUN, tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())["corruptions"]
+    assert found == metrics["corruptions"] and {*found} == {"about", *conditions(["fog", "jpeg"])}
+    about = found["about"]
+    assert (about["images"], about["clusters"], about["chosen"]) == (6, 6, "6 evenly spaced of 12 with a label")
+    assert about["levels"]["fog"]["of_severity"] == [[*each] for each in CORRUPTIONS["fog"].levels]
+    for name in ("miou", "accuracy", "nll", "ece", "confidence"):
+        low, high = found["fog.3"][f"{name}_interval"]
+        assert low <= found["fog.3"][name] <= high
+        assert ("change" in found["fog.3"]) == calibrated and (
+            not calibrated or f"{name}_interval" in found["jpeg.1"]["change"]
+        )
+    page = Reader((tmp_path / "report.html").read_text())
+    text = " ".join(page.text.split())
+    assert page.tags.count("svg") == 8 and "promises nothing on these" in text
+    assert (
+        f"The same 6 photos (6 evenly spaced of 12 with a label) at every point, {about['pixels']:,} labelled pixels in 6 clusters"
+        in text
+    )
+    pictures = [value for name, value in page.attributes if name == "alt" and "severity" in value]
+    assert len(pictures) == 2 * len(SHOWN) and "The middle of a_0.png" in text
+    header, rows = shift_summary(metrics)
+    assert header[0] == "severity 3" and [row[0] for row in rows] == ["Clean", "Fog", "JPEG"]
+    assert all(len(row) == len(header) == (8 if calibrated else 6) for row in rows)
+    assert rows[1][header.index("ECE")] == f"{100 * found['fog.3']['ece']:.2f} %"
+
+
+def test_that_no_photo_could_be_made_worse_is_said(tmp_path):
+    tally = tally_of(["a.png", "b.png"])
+    tally.shift = Shift(("fog",), frozenset(["c.png"]), 3, 3, 1, 30, 0)
+    metrics = write_findings(tally, RUN, tmp_path)
+    assert metrics["corruptions"][CLEAN]["ece"] is None and metrics["corruptions"]["about"]["images"] == 0
+    assert "None of the photos that were to be made worse could be judged" in (tmp_path / "report.html").read_text()
+    assert shift_summary(metrics)[1][0][1] == "–" and shift_summary({}) == ([], [])
