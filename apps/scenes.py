@@ -5,11 +5,12 @@
 
 A scene is what stands before the first _ of an image's name. IMAGES are those the model was trained on: each is seen by
 the net that was trained without its scene (`seguncert.apps.train --leave-out SCENE`), so its logits are as honest as on new
-pictures. More images, which the model was not trained on, are seen by the model itself; their scene is held out with the
-others of its name. Each kind of calibrator is fitted on all scenes but one and judged on that one, all of its pixels;
-`auto` chooses by holding out scenes among those that it is given. Pooled over the scenes held out, in brackets the middle
-95 % of a bootstrap over blocks of neighbouring pictures. Pixels to fit on are drawn from all pictures, one in twenty at
-most; judged is every `--every`-th picture. Their logits are held in memory: 12 MB a picture of `street`.
+pictures. More images, which the model was not trained on, are seen by the model itself; they are scenes of their own, for
+which the net has seen the place, though the others of that place may be among what is fitted on. Each kind of calibrator is
+fitted on all scenes but one and judged on that one, all of its pixels; `auto` chooses by holding out scenes among those that
+it is given. Pooled over the scenes held out, in brackets the middle 95 % of a bootstrap over blocks of neighbouring
+pictures. Pixels to fit on are drawn from all pictures, one in twenty at most; judged is every `--every`-th picture. Their
+logits are held in memory: 12 MB a picture of `street`.
 
 --write fits auto on all scenes and puts calibration-METHOD.json into the model's folder.
 """
@@ -79,13 +80,15 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="as of seguncert export [default: none, mc-dropout]")] = None,
     samples: int = 20,
     every: Annotated[int, typer.Option(min=1, help="of so many pictures one is judged")] = 3,
+    without: Annotated[list[str] | None, typer.Option(help="scene to do without, neither fitted on nor judged")] = None,
     write: Annotated[bool, typer.Option("--write", help="put calibration-METHOD.json into the model's folder")] = False,
 ) -> None:
     """Measure, print, write."""
     net = load_model(model)
     pictures = _pictures(net, images, labels, [load_model(each) for each in left_out])
     if more_images and more_labels:
-        pictures += [Picture(*pair, _scene(pair[0]), net) for pair in find_pairs(more_images, more_labels)]
+        pictures += [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in find_pairs(more_images, more_labels)]
+    pictures = [picture for picture in pictures if picture.scene not in (without or [])]
     console = Console(width=300)
     for name in method or ["none", "mc-dropout"]:
         drawn = {"samples": samples} if "mc-dropout" in name else {}

@@ -4,7 +4,7 @@ whose softmax are the probabilities; what they learned is a handful of numbers, 
 Letters: C classes, F features, K windows, h × w the scale of the logits, R × W a band of rows of the photo.
 
     temperature, class-conditional, local    softmax(β z), β > 0 a number of the pixel: the shown class stays the same
-    neighbourhood                            softmax(β (a₀ z + Σ aₖ ln mean of p in a window)), then the shown class kept
+    neighbourhood                            softmax(a₀ z + Σ aₖ ln mean of p in a window), the shown class kept
     vector                                   softmax(a (z − max z) + b), a and b of the class (Guo et al. 2017)
     histogram, isotonic                      the shown class gets the probability g(p̂), the others share the rest
 
@@ -178,16 +178,16 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """softmax(β s), s = Σₖ (aₖ + bₖ (d − middle)) xₖ, x₀ = ln p, xₖ = ln(mean of p in a window), d = ln(mean doubt of the
-    picture), β that of `local`. A class that would come within a hair of the net's, or above it, is put a hair below, so
-    that the labels stay.
+    """softmax(Σₖ (aₖ + bₖ (d − middle)) xₖ), x₀ = ln p, xₖ = ln(mean of p in a window), d = ln(mean doubt of the picture).
+
+    A class that would come within a hair of the net's, or above it, is put a hair below, so that the labels stay.
     """
 
     weights: tuple[tuple[float, float], ...]  # (aₖ, bₖ) of the pixel and of each window
     middle: float
     low: float
     high: float
-    local: Scaling
+    frame: tuple[int, int] | None = None  # of the model
     windows: tuple[int, ...] = WINDOWS
     kind = "neighbourhood"
     keeps_labels = True
@@ -195,24 +195,23 @@ class Neighbourhood:
     @property
     def looks(self) -> list[str]:
         """Features of the surroundings; after them come the windows."""
-        return ["picture", *self.local.looks]
+        return ["picture"]
 
     def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"]:
         """`looks`, and ln of the mean of each class in each window."""
-        return surroundings(logits_Chw, self.looks, self.windows, self.local.frame)
+        return surroundings(logits_Chw, self.looks, self.windows, self.frame)
 
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
     ) -> Float[Tensor, "C R W"]:
         """Logits, 0 for the shown class and at most −`HAIR` for the others."""
         weights_K2 = np.array(self.weights, np.float32)
-        return _scaled(
-            logits_CRW, seen_FRW, self.local, weights_K2, np.array([self.middle, self.low, self.high], np.float32)
-        )
+        doubts_3 = np.array([self.middle, self.low, self.high], np.float32)
+        return _scaled(logits_CRW, seen_FRW, Scaling("temperature", 0.0), weights_K2, doubts_3)
 
     def unfamiliar(self, logits_Chw: Float[Tensor, "C h w"]) -> str:
         """As of `Scaling`."""
-        return _unfamiliar(logits_Chw, self.low, self.high, self.local.frame)
+        return _unfamiliar(logits_Chw, self.low, self.high, self.frame)
 
 
 def _unfamiliar(logits_Chw: Tensor, low: float, high: float, frame: tuple[int, int] | None) -> str:
@@ -582,8 +581,7 @@ def _calibrator(kind: str, **parameters: Any) -> Scaling | Neighbourhood | Vecto
         raise ValueError(f"kind {kind!r}")
     if kind == "neighbourhood":
         weights = tuple((a, b) for a, b in values["weights"])
-        local = _scaling(**values["local"])
-        return Neighbourhood(weights, values["middle"], values["low"], values["high"], local, values["windows"])
+        return Neighbourhood(**values | {"weights": weights})
     return _scaling(kind, **values)
 
 
@@ -607,13 +605,12 @@ def _check_content(found: Calibration) -> None:
     elif isinstance(calibrator, Remap):
         lengths = [(len(calibrator.confidences), len(calibrator.values)), (len(calibrator.values) > 0, True)]
         lengths += [(list(calibrator.confidences), sorted(calibrator.confidences))]
+    elif isinstance(calibrator, Neighbourhood):
+        lengths = [(len(calibrator.weights), 1 + len(calibrator.windows))]
     elif calibrator is not None:
-        local = calibrator.local if isinstance(calibrator, Neighbourhood) else calibrator
-        assert isinstance(local, Scaling)
-        lengths = [(len(curve.slopes), 1 + len(curve.knots)) for curve in local.curves]
-        lengths += [(len(local.of_class), C)] if local.of_class else []
-        if isinstance(calibrator, Neighbourhood):
-            lengths += [(len(calibrator.weights), 1 + len(calibrator.windows))]
+        assert isinstance(calibrator, Scaling)
+        lengths = [(len(curve.slopes), 1 + len(curve.knots)) for curve in calibrator.curves]
+        lengths += [(len(calibrator.of_class), C)] if calibrator.of_class else []
     if wrong or any(is_ != should for is_, should in lengths):
         raise ValueError(", ".join(wrong) or "numbers that do not belong together")
 

@@ -46,8 +46,8 @@ def calibrators(C):
         "sharp": Scaling("temperature", 2.5),
         "class-conditional": Scaling("class-conditional", 0.2, tuple(0.5 - 0.3 * c for c in range(C))),
         "local": local,
-        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, 0.1), (0.4, -0.2)), -2.0, -4.0, -0.5, local),
-        "only the windows": Neighbourhood(((0.0, 0.0), (2.0, 0.0), (0.0, 0.0)), -2.0, -4.0, -0.5, local),
+        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, 0.1), (0.4, -0.2)), -2.0, -4.0, -0.5, (30, 40)),
+        "only the windows": Neighbourhood(((0.0, 0.0), (2.0, 0.0), (0.0, 0.0)), -2.0, -4.0, -0.5, (30, 40)),
         "vector": Vector(tuple(0.5 + 0.2 * c for c in range(C)), tuple(0.3 - 0.2 * c for c in range(C))),
         "histogram": Remap("histogram", (0.0, 0.7, 0.7000001, 1.0), (0.2, 0.2, 0.9, 0.9)),
         "isotonic": Remap("isotonic", (0.4, 0.6, 0.99), (0.01, 0.5, 0.97)),
@@ -228,7 +228,6 @@ def test_neighbourhood_by_its_formula():
     s = sum(
         (a + b * off) * part for (a, b), part in zip(calibrator.weights, [log_softmax(z, 0), *windows_KCN], strict=True)
     )
-    s = s * beta(calibrator.local, z, seen)
     s -= s.max(0)
     overtaken = s.argmax(0) != z.argmax(0)
     assert 0.05 < overtaken.mean() < 0.95
@@ -345,8 +344,7 @@ def test_a_picture_is_unfamiliar_where_its_doubt_was_not_seen():
     value = float(surroundings(logits, ["picture"], (), (24, 32))[0, 0, 0])
     for low, high, familiar in ((value, value, True), (value - 1, value - 0.01, False), (value + 0.01, 0.0, False)):
         local = Scaling("local", 0.0, (), (Curve("picture", low, high, (), (0.1,)),), (24, 32))
-        plain = Scaling("local", 0.0, (), (), (24, 32))
-        for calibrator in (local, Neighbourhood(((1.0, 0.0),) * 3, low, low, high, plain)):
+        for calibrator in (local, Neighbourhood(((1.0, 0.0),) * 3, low, low, high, (24, 32))):
             text = calibrator.unfamiliar(logits)
             assert (text == "") == familiar
             if not familiar:
@@ -463,7 +461,7 @@ def test_a_damaged_file_is_said_to_be_one(damage, tmp_path):
         Remap("isotonic", (0.5, 0.4), (0.1, 0.2)),
         Remap("isotonic", (0.5,), (0.1, 0.2)),
         Remap("histogram", (), ()),
-        Neighbourhood(((1.0, 0.0), (1.0, 0.0)), 0.0, 0.0, 0.0, Scaling("local", 0.0)),
+        Neighbourhood(((1.0, 0.0), (1.0, 0.0)), 0.0, 0.0, 0.0),
     ],
     ids=lambda each: each.kind,
 )
