@@ -478,7 +478,7 @@ class Calibration:
     def about(self) -> str:
         """In a few words, for legends and pages."""
         if self.calibrator is None:
-            return "none"
+            return f"as the net is, nothing better was found on {self.protocol.get('pictures', '?')} pictures"
         return f"{self.kind}, fitted on {self.protocol.get('pictures', '?')} pictures"
 
     @property
