@@ -425,7 +425,8 @@ def _fill(confidence_N, correct_N, count_M, hits_M, forecast_M):
         for x in range(width):
             p = confidence_B[x]
             bad += 0 if p >= ZERO and p <= ONE else 1
-            bin_B[x] = min(int(p * BINS), M - 1)
+            m = np.int32(p * BINS)
+            bin_B[x] = m if m < M else M - 1
         if bad:
             outside += bad
             continue
