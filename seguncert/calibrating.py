@@ -276,9 +276,10 @@ def draw(
         column = 0
         for maps_Fij in [logits_Chw, *seen]:
             columns, column = slice(column, column + len(maps_Fij)), column + len(maps_Fij)
-            for rows, band_FRW in rows_at_size(maps_Fij, H, W):
+            as_they_are = maps_Fij.shape[1:] == (H, W)  # bands of these would be copied for the few pixels
+            for rows, band_FRW in [(slice(0, H), maps_Fij)] if as_they_are else rows_at_size(maps_Fij, H, W):
                 first, last = np.searchsorted(at_N, (rows.start * W, rows.stop * W))
-                all_NF[first:last, columns] = band_FRW.flatten(1)[:, at_N[first:last] - rows.start * W].T
+                all_NF[first:last, columns] = band_FRW.flatten(1).numpy()[:, at_N[first:last] - rows.start * W].T
     if len(labels) == 1:
         votes: np.ndarray = labels[0].ravel()[at_N]
     else:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.isotonic import IsotonicRegression
@@ -502,3 +503,22 @@ def test_gain_by_a_plain_loop():
     of_cluster = np.array([[-sum(lost[m] for m in names if clusters[m] == c), sum(n[m] for m in names if clusters[m] == c)] for c in sorted(set(clusters.values()))])  # fmt: skip
     draws = [np.divide(*of_cluster[rng.integers(0, 10, 10)].sum(0)) for _ in range(4000)]
     np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.15 * (high - low))
+
+
+def test_few_clusters_have_the_interval_of_student(pixels):
+    rng = np.random.default_rng(3)
+    gains = rng.normal(0.01, 0.02, 6)
+    before = {f"p{k}": (100.0, 50) for k in range(6)}
+    after = {f"p{k}": (100.0 - 50 * gain, 50) for k, gain in enumerate(gains)}
+    names = {name: name for name in before}
+    mean, interval, worst = compare(before, after, names, dict.fromkeys(before, "all"))
+    expected = stats.t.interval(0.95, 5, gains.mean(), stats.sem(gains))
+    assert mean == pytest.approx(gains.mean()) and interval == pytest.approx(expected, rel=1e-3)
+    assert worst == pytest.approx(-50 * gains.sum() / 600)
+    assert compare(before, after, dict.fromkeys(before, "one"), names)[1] == (-np.inf, np.inf)
+
+
+def test_vector_leaves_classes_alone_that_no_label_has(pixels):
+    without = replace(pixels, drawn=[replace(each, votes_NC=np.minimum(each.votes_NC, 2)) for each in pixels.drawn])
+    found = fit("vector", without)
+    assert abs(found.factors[3] - 1) < 0.2 and abs(found.biases[3] - np.mean(found.biases[:3])) < 3
