@@ -11,8 +11,9 @@ from conftest import SHARED
 
 import seguncert
 from seguncert.apps import samples
-from seguncert.evaluation import find_pairs, measure, total
+from seguncert.evaluation import measure, total
 from seguncert.image import read_image
+from seguncert.labels import find_pairs
 
 needs_camvid = pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="CamVid is not at hand")
 needs_nuclei = pytest.mark.skipif(not (SHARED / "nuclei").is_dir(), reason="the nuclei data is not at hand")
