@@ -241,12 +241,16 @@ def _fit_scaling(start: Scaling, pixels: Pixels) -> Scaling:
         total, gradient, hessian = 0.0, np.zeros(P), np.zeros((P, P))
         weight = torch.from_numpy(weights).float()
         for part in pixels.parts():
-            X_NP = design(part)
-            nll, *by_eta = scaled_nll(part.logits_NC, part.votes_NC, (X_NP @ weight).numpy())
+            X_NP = design(part) if P > 1 else None  # threads of torch would cost more than one temperature does
+            eta_N = np.full(len(part), weights[0], np.float32) if X_NP is None else (X_NP @ weight).numpy()
+            nll, slope_N, curvature_N = scaled_nll(part.logits_NC, part.votes_NC, eta_N)
             total += nll
-            slope_N, curvature_N = map(torch.from_numpy, by_eta)
-            gradient += (X_NP.T @ slope_N).double().numpy()
-            hessian += (X_NP.T @ (X_NP * curvature_N[:, None])).double().numpy()
+            if X_NP is None:
+                gradient += slope_N.sum(dtype=np.float64)
+                hessian += curvature_N.sum(dtype=np.float64)
+            else:
+                gradient += (X_NP.T @ torch.from_numpy(slope_N)).double().numpy()
+                hessian += (X_NP.T @ (X_NP * torch.from_numpy(curvature_N)[:, None])).double().numpy()
         N = len(pixels)
         return total / N + 0.5 * float(ridge @ weights**2), gradient / N + ridge * weights, hessian / N + np.diag(ridge)
 
