@@ -46,6 +46,7 @@ LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
 WIDEST_GAP = 15.0  # nats between the two largest logits, likewise
 LEAST_ENTROPY = 1e-3  # added before the logarithm of a mean
 HAIR = 1e-3  # nats by which the shown class stays ahead
+SLACK = 1e-3  # of ln of the mean doubt: other numbers of threads round otherwise
 FAINTEST = np.float32(-80)  # ln p below which a class is as good as none
 OF_PIXEL = {"doubt": "ln(1 − p̂)", "gap": "largest minus second largest logit, in nats"}
 OF_SURROUNDINGS = {  # sides of windows are in pixels of the frames that the model was trained on
@@ -216,7 +217,7 @@ class Neighbourhood:
 
 def _unfamiliar(logits_Chw: Tensor, low: float, high: float, frame: tuple[int, int] | None) -> str:
     value = float(surroundings(logits_Chw, ["picture"], (), frame)[0, 0, 0])
-    if low <= value <= high:
+    if low - SLACK <= value <= high + SLACK:
         return ""
     return (f"unfamiliar to the calibration: mean doubt {math.exp(value):.3f}, it has seen"
             f" {math.exp(low):.3f} to {math.exp(high):.3f}")  # fmt: skip

@@ -288,7 +288,8 @@ def test_maps_of_analyse_and_export_are_calibrated_and_labels_stay(folder, net, 
     assert (plain.done, done.done) == (9, 9)
     one, other = files_of(folder / "plain"), files_of(folder / "done")
     for name in ("a/s2_1.png/confidence.npy", "a/s2_1.png/entropy.npy", "a/s2_1.png/margin.npy"):
-        np.testing.assert_array_equal(np.load(folder / "done" / name), after.maps[name.split("/")[-1][:-4]])
+        stored, wanted = np.load(folder / "done" / name), after.maps[name.split("/")[-1][:-4]]
+        np.testing.assert_allclose(stored, wanted, atol=1e-4)  # another number of threads rounds otherwise
         assert one[name] != other[name]
     if kind != "vector":
         assert (before.labels == after.labels).all()
