@@ -4,7 +4,6 @@
 
 The picture is a texture, side x side pixels, at its own size. The export runs in a process of its own; its peak is that of
 resident memory, which counts what is mapped from files as well. The picture itself takes 3 bytes a pixel of it.
-
 """
 
 from __future__ import annotations
