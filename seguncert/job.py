@@ -30,7 +30,7 @@ from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
 from seguncert.predict import on_backend
 from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
-from seguncert.sheets import Sheet, give_back, tiff_writer
+from seguncert.sheets import Sheet, give_back, let_go, tiff_writer
 from seguncert.store import FULL, OURS, cannot_write, stamp_of
 from seguncert.tables import BINS
 from seguncert.tiles import MOST, Sampler, moments_bytes
@@ -265,6 +265,7 @@ def _in_blocks(
 
     torch.set_num_threads(1)
     small = render.thumbnail(rgb, OVERLAY)
+    let_go(rgb)
     first = sheets[job.settings.maps[0]].shrunk(*small.shape[:2])
     files: Files = {"labels.png": labels.save_png(model.colours)}
     for name, sheet in sheets.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -93,3 +94,12 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another allocator
         pass
+
+
+def let_go(array: np.ndarray) -> None:
+    """Memory in which an array that is mapped from a file lies; what is looked at again is read again."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
