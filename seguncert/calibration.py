@@ -33,7 +33,7 @@ from torch import Tensor
 
 from seguncert.kernels import ONE, compiled
 from seguncert.predict import rows_at_size
-from seguncert.scores import BLOCK, ZERO, _exponentials
+from seguncert.scores import BLOCK, ZERO, exponentials
 from seguncert.slopes import LEAST_LOG
 from seguncert.store import write_file
 
@@ -393,7 +393,7 @@ def _scale(
     value_B, weight_B = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
-        if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+        if not exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         for x in range(width):
             eta_B[x] = constant + of_class_C[shown_B[x]]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from seguncert.detection import check_shape, ratio
 from seguncert.kernels import compiled
-from seguncert.scores import BLOCK, _exponentials, _reason
+from seguncert.scores import BLOCK, complaint, exponentials
 
 KINDS = ("lac", "lac-empty", "aps", "foreground")
 LAC, LAC_EMPTY, APS, FOREGROUND = range(4)
@@ -111,7 +111,7 @@ class ImageLosses:
             logits_CN, labels_N, self.ignore_index is not None, self.ignore_index or 0,
             KINDS.index(aim.kind), aim.by_class, aim.counted_C(), self.counts_GK,
         ):  # fmt: skip
-            raise ValueError(_reason(logits_CN, labels_N, self.ignore_index))
+            raise ValueError(complaint(logits_CN, labels_N, self.ignore_index))
 
     def losses_GK(self) -> Float64[np.ndarray, "G K"]:
         """Loss in [0, 1] at each threshold, falling to 0 at the last; NaN for a group without a pixel."""
@@ -173,17 +173,57 @@ class Losses:
 
         A class that too few images hold, n + 1 < 1/α, is in every set. Raises ValueError if that is so of all.
         """
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha: expected a loss between 0 and 1. Received: {alpha}")
-        n, least = int(self.images_G.max()), images_needed(alpha)
-        if n < least:
-            raise ValueError(
-                f"alpha {alpha}: expected at least {least} images with labelled pixels to fit on, since 1/(n + 1) is to be at most alpha."
-                f" Received: {n}. Label more images, or take alpha {1 / (n + 1):.3f} or more."
-            )
+        check_enough(alpha, int(self.images_G.max()))
         bins = [risk_control(sums_K, int(n), alpha) for sums_K, n in zip(self.sums_GK, self.images_G, strict=True)]
         odds = tuple(math.inf if k is None else float(UPPER_K[k]) for k in bins)
         return ConformalSets(self.aim, alpha, odds, tuple(self.images_G.tolist()))
+
+
+@dataclass
+class Sizes:
+    """How many classes the sets of labelled pixels hold, or whether a mask holds them, at each threshold.
+
+    Parts merge to the whole.
+
+    >>> import torch
+    >>> sizes = Sizes.empty(Aim(2), ignore_index=255)
+    >>> sizes.update(torch.log(torch.tensor([[[0.9, 0.7, 0.6]], [[0.1, 0.3, 0.4]]])), np.array([[0, 0, 255]]))
+    >>> sizes.mean(ConformalSets(Aim(2), 0.1, (4.0,), (9,)))  # classes with p ≥ 0.2: one, and two
+    1.5
+    """
+
+    aim: Aim
+    ignore_index: int | None
+    counts_GK: Int64[np.ndarray, "G K"]
+    pixels: int = 0
+
+    @classmethod
+    def empty(cls, aim: Aim, *, ignore_index: int | None) -> Sizes:
+        """Of no pixel."""
+        return cls(aim, ignore_index, np.zeros((aim.groups, BINS), np.int64))
+
+    def update(self, logits_CRW: Float[Tensor, "C R W"], labels_RW: Integer[np.ndarray, "R W"]) -> None:
+        """Add a band of rows; all that matters of a label is whether it is the ignore index. Raises as `ImageLosses`."""
+        aim = self.aim
+        check_shape("logits", logits_CRW.shape, (aim.C, *labels_RW.shape))
+        logits_CN, labels_N = _flat(logits_CRW), labels_RW.ravel()
+        valid_N = np.ones(len(labels_N), bool) if self.ignore_index is None else labels_N != self.ignore_index
+        if _count_all(logits_CN, valid_N, KINDS.index(aim.kind), aim.by_class, aim.counted_C(), self.counts_GK):
+            raise ValueError(complaint(logits_CN, np.zeros(0, np.int64), None))
+        self.pixels += int(valid_N.sum())
+
+    def merge(self, other: Sizes) -> None:
+        """Add the pixels of another, which was begun with the same settings."""
+        if (self.aim, self.ignore_index) != (other.aim, other.ignore_index):
+            raise ValueError(f"merge: expected sizes with {self.aim}, {self.ignore_index}. Received: {other.aim}, {other.ignore_index}")  # fmt: skip
+        self.counts_GK += other.counts_GK
+        self.pixels += other.pixels
+
+    def mean(self, sets: ConformalSets) -> float:
+        """Mean size of the sets, or the share that is in the mask; NaN of no pixel. Thresholds are taken for ends of bins."""
+        ends_G = np.searchsorted(UPPER_K, np.array(sets.odds))
+        inside = sum(int(counts_K[: end + 1].sum()) for counts_K, end in zip(self.counts_GK, ends_G, strict=True))
+        return inside / self.pixels if self.pixels else math.nan
 
 
 def images_needed(alpha: float) -> int:
@@ -193,6 +233,17 @@ def images_needed(alpha: float) -> int:
     (9, 19)
     """
     return math.ceil(1 / alpha - NEAR) - 1
+
+
+def check_enough(alpha: float, n: int) -> None:
+    """Raise ValueError unless α is in (0, 1) and n images, or more, can be fitted on with it."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha: expected a loss between 0 and 1. Received: {alpha}")
+    if n < (least := images_needed(alpha)):
+        raise ValueError(
+            f"alpha {alpha}: expected at least {least} images with labelled pixels to fit on, since 1/(n + 1) is to be at most alpha."
+            f" Received: {n}. Label more images, or take alpha {1 / (n + 1):.3f} or more."
+        )
 
 
 def risk_control(sums_K: Float64[np.ndarray, " K"], n: int, alpha: float) -> int | None:
@@ -261,7 +312,7 @@ class ConformalSets:
         odds_C = np.broadcast_to(np.array(self.odds), aim.C).copy()
         inside_CN = np.zeros(logits_CN.shape, bool)
         if _apply(logits_CN, KINDS.index(aim.kind), aim.counted_C(), odds_C, inside_CN):
-            raise ValueError(_reason(logits_CN, np.zeros(0, np.int64), None))
+            raise ValueError(complaint(logits_CN, np.zeros(0, np.int64), None))
         return inside_CN.reshape(logits_CRW.shape)
 
     @property
@@ -356,16 +407,31 @@ def _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B, within_B
 
 
 @compiled
+def _buffers(C, B):
+    """What the loops below keep of a block: exponentials, the shown class and the class in question, odds and the like."""
+    e_CB, shown_B, class_B = np.empty((C, B), np.float32), np.empty(B, np.int32), np.empty(B, np.int32)
+    max_B, others_B, squares_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
+    return e_CB, shown_B, class_B, max_B, others_B, squares_B, np.empty(B, np.float32), np.empty(B, np.float32)
+
+
+@compiled
+def _bin(against_B, within_B, class_B, by_class, counts_GK):
+    """Add odds to the histograms; a class of −1 is none."""
+    K = counts_GK.shape[1]
+    for x in range(len(class_B)):
+        if class_B[x] >= 0:
+            k = (np.int64(np.float32(against_B[x] / within_B[x]).view(np.int32)) >> SHIFT) - LOWEST_BITS + 1
+            counts_GK[class_B[x] if by_class else 0, min(max(k, 0), K - 1)] += 1
+
+
+@compiled
 def _count(logits_CN, labels_N, ignores, ignore_index, kind, by_class, counted_C, counts_GK):
     """Add the odds of true classes to the histograms; False stands for success, True for a pixel without odds."""
     C, N = logits_CN.shape
-    B, K = min(BLOCK, N), counts_GK.shape[1]
-    e_CB, shown_B, class_B = np.empty((C, B), np.float32), np.empty(B, np.int32), np.empty(B, np.int32)
-    max_B, others_B, squares_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
-    against_B, within_B = np.empty(B, np.float32), np.empty(B, np.float32)
+    e_CB, shown_B, class_B, max_B, others_B, squares_B, against_B, within_B = _buffers(C, min(BLOCK, N))
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
-        if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+        if not exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         for x in range(width):
             y = labels_N[start + x]
@@ -374,10 +440,24 @@ def _count(logits_CN, labels_N, ignores, ignore_index, kind, by_class, counted_C
                 return True
             class_B[x] = y if not void and counted_C[y] else -1
         _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B[:width], within_B[:width])
-        for x in range(width):
-            if class_B[x] >= 0:
-                k = (np.int64(np.float32(against_B[x] / within_B[x]).view(np.int32)) >> SHIFT) - LOWEST_BITS + 1
-                counts_GK[class_B[x] if by_class else 0, min(max(k, 0), K - 1)] += 1
+        _bin(against_B, within_B, class_B[:width], by_class, counts_GK)
+    return False
+
+
+@compiled
+def _count_all(logits_CN, valid_N, kind, by_class, counted_C, counts_GK):
+    """As `_count`, of every class at the valid pixels, as if each were the true one; a foreground is one class."""
+    C, N = logits_CN.shape
+    e_CB, shown_B, class_B, max_B, others_B, squares_B, against_B, within_B = _buffers(C, min(BLOCK, N))
+    for start in range(0, N, BLOCK):
+        width = min(BLOCK, N - start)
+        if not exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+            return True
+        for c in range(1 if kind == FOREGROUND else C):
+            for x in range(width):
+                class_B[x] = c if valid_N[start + x] else -1
+            _sums(e_CB, class_B, shown_B, others_B, kind, counted_C, against_B[:width], within_B[:width])
+            _bin(against_B, within_B, class_B[:width], by_class, counts_GK)
     return False
 
 
@@ -385,13 +465,10 @@ def _count(logits_CN, labels_N, ignores, ignore_index, kind, by_class, counted_C
 def _apply(logits_CN, kind, counted_C, odds_C, inside_CN):
     """Mark the classes whose odds are at most their threshold; False stands for success."""
     C, N = logits_CN.shape
-    B = min(BLOCK, N)
-    e_CB, shown_B, class_B = np.empty((C, B), np.float32), np.empty(B, np.int32), np.empty(B, np.int32)
-    max_B, others_B, squares_B = np.empty(B, np.float32), np.empty(B, np.float32), np.empty(B, np.float32)
-    against_B, within_B = np.empty(B, np.float32), np.empty(B, np.float32)
+    e_CB, shown_B, class_B, max_B, others_B, squares_B, against_B, within_B = _buffers(C, min(BLOCK, N))
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
-        if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+        if not exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         for c in range(C):
             odds, everywhere = np.float32(odds_C[c]), odds_C[c] == np.inf

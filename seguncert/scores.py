@@ -195,7 +195,7 @@ class Scores:
             doubt_N, outcome_N,
         )  # fmt: skip
         if fault:
-            raise ValueError(_reason(logits_CN, labels_N, ignore_index))
+            raise ValueError(complaint(logits_CN, labels_N, ignore_index))
         return doubt_N.reshape(labels_RW.shape), outcome_N.reshape(labels_RW.shape)
 
     def merge(self, other: Scores) -> None:
@@ -262,7 +262,7 @@ class Scores:
         return result | {f"iou.{c}": iou[..., c] for c in range(iou.shape[-1])}
 
 
-def _reason(logits_CN: np.ndarray, labels_N: np.ndarray, ignore_index: int | None) -> str:
+def complaint(logits_CN: np.ndarray, labels_N: np.ndarray, ignore_index: int | None) -> str:
     """Why these pixels cannot be scored."""
     C = len(logits_CN)
     wrong = labels_N[((labels_N < 0) | (labels_N >= C)) & (True if ignore_index is None else labels_N != ignore_index)]
@@ -283,7 +283,7 @@ def _reason(logits_CN: np.ndarray, labels_N: np.ndarray, ignore_index: int | Non
 
 
 @compiled
-def _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+def exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
     """e = exp(z − max z) for a block of pixels, the class of the maximum, Σ e and Σ e² of the others.
 
     False if a logit is NaN or +∞, or all of a pixel are −∞.
@@ -336,7 +336,7 @@ def _score(
     nll, brier = 0.0, 0.0
     for start in range(0, N, BLOCK):
         width = min(BLOCK, N - start)
-        if not _exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
+        if not exponentials(logits_CN, start, width, e_CB, max_B, shown_B, others_B, squares_B):
             return True
         valid, product = 0, 1.0
         for x in range(width):
