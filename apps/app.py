@@ -1,114 +1,241 @@
-"""The page: upload a photo, see where not to trust the mask."""
+"""The page: upload a photo, see where not to trust the mask.
+
+Everything stays on this machine: no request leaves it, uploads lie in a folder of their own, which is emptied at the start.
+"""
 
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: no request leaves the machine
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
-import gradio as gr
-import numpy as np
-
-from seguncert.image import ImageError
-from seguncert.legend import legend_classes
-from seguncert.maps import OF_SOFTMAX
+from seguncert.apps.folder_tab import folder_tab
+from seguncert.apps.labels_tab import labels_tab
+from seguncert.apps.place import PLACE, clean, gr
+from seguncert.apps.samples import write_samples
+from seguncert.apps.sessions import Forgotten, Sessions
+from seguncert.apps.sight import SAMPLES, Sight, settings
+from seguncert.apps.uploads import photo_input
+from seguncert.image import read_image
+from seguncert.maps import OF_SAMPLES, OF_SOFTMAX
 from seguncert.model import Model, bundled_names, load_model
-from seguncert.render import fade_classes, thumbnail
-from seguncert.run import Result, analyse
+from seguncert.run import analyse
 
-SHOWN = 1600  # pixels of the longest side sent to the browser
-CLASSES = "classes, faded by doubt"
+METHODS = {
+    "One pass": "none",
+    "MC dropout": "mc-dropout",
+    "Flips and scales": "tta",
+    "MC dropout + flips and scales": "mc-dropout+tta",
+    "Ensemble of the models": "ensemble",
+}
+WAITING = 32  # requests at most in the queue; more are told that the page is busy
+UPLOAD = "200mb"
+SWEEP = 60.0  # seconds
+MOST_PIXELS = 50_000_000  # of a photo
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _model(name: str) -> Model:
     return load_model(name)
 
 
-def look(photo: str | None, model: str, shown: str) -> tuple[np.ndarray, str]:
-    """Analyse the photo at a path; the picture to show (RGB uint8, legend below) and what to read beside it."""
-    if photo is None:
-        raise gr.Error("Choose a photo first.")
-    try:
-        result = analyse(_model(model), photo)
-    except ValueError as error:  # ImageError and ModelError are such
-        text = str(error).removeprefix(f"{photo}: ") if isinstance(error, ImageError) else str(error)
-        raise gr.Error(text) from None
-    picture = _classes(result) if shown == CLASSES else result.overlay(shown)
-    return thumbnail(picture, SHOWN), _words(result)
+class Page:
+    """The page for some models, and what its visitors look at."""
+
+    def __init__(self, models: Sequence[str]):
+        self.first = models[0]
+        self.names = list(dict.fromkeys([*models, *bundled_names()]))
+        for name in models:
+            _model(name)  # an unknown name is an error now, not at the first click
+        self.sessions = Sessions(PLACE / "sessions")
+
+    def models(self, name: str, method: str) -> list[Model]:
+        """The model of that name; for an ensemble all that have its classes."""
+        if name not in self.names:
+            raise ValueError(f"model: expected one of {', '.join(self.names)}. Received: {name!r}")
+        if "ensemble" not in method:
+            return [_model(name)]
+        classes = _model(name).classes
+        return [_model(each) for each in self.names if _model(each).classes == classes]
+
+    @property
+    def methods(self) -> list[tuple[str, str]]:
+        """Those that can be chosen: an ensemble only where two models have the same classes."""
+        classes = [_model(name).classes for name in self.names]
+        several = any(classes.count(each) > 1 for each in classes)
+        return [(title, method) for title, method in METHODS.items() if method != "ensemble" or several]
+
+    def look(
+        self, photo: str | None, model: str, method: str, samples: int, calibrated: bool, secret: str | None,
+        progress: Any = None,
+    ) -> Sight:  # fmt: skip
+        """Analyse the photo at a path for a session. Raises gr.Error with one line for whatever is wrong."""
+        if photo is None:
+            raise gr.Error("Choose a photo first.", print_exception=False)
+        try:
+            session = self.sessions.of(secret)
+            session.stop.clear()
+
+            def tell(done: int, wanted: int) -> bool:
+                if progress is not None:
+                    progress((done, wanted), unit="samples" if "dropout" in method else "views")
+                return not session.stop.is_set()
+
+            maps = [*OF_SOFTMAX, *(OF_SAMPLES if method != "none" else ())]
+            started = time.perf_counter()
+            read = read_image(photo, max_pixels=MOST_PIXELS)
+            result = analyse(
+                self.models(model, method), read.rgb, maps=maps, progress=tell, **settings(method, samples, calibrated)
+            )
+            result = replace(result, note="; ".join(filter(None, [read.note, result.note])))
+            sight = Sight(Path(photo).name, result, time.perf_counter() - started)
+            self.sessions.keep(session, sight)
+            return sight
+        except ValueError as error:
+            raise self.told(error) from None
+
+    def pixel(self, token: str, x: int, y: int) -> dict[str, Any]:
+        """The numbers of one pixel; see `Sight.pixel`. Raises gr.Error."""
+        try:
+            return self.sessions.sight(token).pixel(int(x), int(y))
+        except (ValueError, TypeError) as error:
+            raise self.told(error) from None
+
+    def told(self, error: Exception) -> gr.Error:
+        """What a visitor reads of an error: its one line, without places of this machine."""
+        return gr.Error(str(error).replace(f"{PLACE}{os.sep}", ""), print_exception=False)
 
 
-def _classes(result: Result) -> np.ndarray:
-    faded = fade_classes(result.rgb, result.labels, result.colours, 1 - result.maps["entropy"])
-    shares = np.bincount(result.labels.ravel(), minlength=len(result.classes)) / result.labels.size
-    legend = legend_classes(max(faded.shape[1], 260), result.classes, result.colours, shares)
-    padded = np.full((faded.shape[0], legend.shape[1], 3), 250, np.uint8)
-    padded[:, : faded.shape[1]] = faded
-    return np.concatenate([padded, legend])
+def build(models: str | Sequence[str]) -> gr.Blocks:
+    """The page with the first of `models` chosen at the start."""
+    page = Page([models] if isinstance(models, str) else models)
+    with gr.Blocks(title="seguncert", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as blocks:
+        gr.Markdown("# Where can I trust this mask?", elem_id="headline")
+        with gr.Tab("Image"):
+            _image_tab(page)
+        with gr.Tab("Folder"):
+            folder_tab(page, _file)
+        with gr.Tab("Calibration"):
+            labels_tab(page)
+        with gr.Accordion("What do these maps mean, and what can they not tell?", open=False):
+            gr.Markdown(_file("explain.md"))
+
+        def leave(request: gr.Request) -> None:
+            page.sessions.end(request.session_hash)
+
+        blocks.unload(leave)
+    blocks.seguncert = page
+    return blocks
 
 
-def _words(result: Result) -> str:
-    confidence = result.maps["confidence"]
-    shares = np.bincount(result.labels.ravel(), minlength=len(result.classes)) / result.labels.size
-    told = (
-        "**Not calibrated:** these are the net's own numbers, and they are usually too sure."
-        if result.calibration == "none"
-        else f"**Calibrated** ({result.calibration})."
-    )
-    lines = [
-        f"{told} {100 * (confidence < 0.7).mean():.1f} % of the pixels are less than 70 % sure.",
-        "",
-        "| class | area | mean confidence |",
-        "|---|---:|---:|",
-    ]
-    for c in np.argsort(-shares):
-        if shares[c] > 0:
-            sure = confidence[result.labels == c].mean()
-            lines.append(f"| {result.classes[c]} | {100 * shares[c]:.1f} % | {sure:.2f} |")
-    if result.note:
-        lines += ["", f"Note: {result.note}."]
-    return "\n".join(lines)
+def _file(name: str) -> str:
+    return resources.files("seguncert.apps").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def build(model: str) -> gr.Blocks:
-    """The page with `model` chosen at the start; other model folders can be named on the command line."""
-    _model(model)  # an unknown name is an error now, not at the first click
-    with gr.Blocks(title="seguncert", analytics_enabled=False) as page:
-        gr.Markdown("# Where can I trust this mask?\nClear where the net is sure, bright where it doubts.")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                photo = gr.Image(type="filepath", image_mode=None, label="Photo", sources=["upload", "clipboard"])
-                chosen = gr.Dropdown(sorted({*bundled_names(), model}), value=model, label="Model")
-                shown = gr.Radio([*OF_SOFTMAX, CLASSES], value="confidence", label="Map")
-                go = gr.Button("Look", variant="primary")
-            with gr.Column(scale=2, min_width=340):
-                picture = gr.Image(
-                    label="Where to look twice",
-                    format="jpeg",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    alt_text="The photo under the chosen map, with its legend below",
-                )
-                words = gr.Markdown()
-        inputs, outputs = [photo, chosen, shown], [picture, words]
-        go.click(look, inputs, outputs, api_name="look")
-        gr.on([photo.upload, shown.change, chosen.change], _again, inputs, outputs, api_visibility="private")
-    return page
+def _image_tab(page: Page) -> None:
+    def pixel(at: Any) -> dict[str, Any]:
+        try:
+            return page.sessions.sight(at["token"]).pixel(int(at["x"]), int(at["y"]))
+        except (KeyError, TypeError, ValueError) as error:
+            return {"error": str(error) if isinstance(error, ValueError) else "pixel: expected token, x and y."}
 
-
-def _again(photo: str | None, model: str, shown: str):
-    return look(photo, model, shown) if photo is not None else (None, "")
-
-
-def launch(model: str, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C."""
-    page = build(model).queue(max_size=16, default_concurrency_limit=1)
-    page.launch(
-        server_name=host, server_port=port, share=False, max_file_size="100mb", allowed_paths=[], show_error=True,
-        quiet=True, prevent_thread_lock=True,
+    with gr.Row(elem_id="controls"):
+        photo = photo_input(
+            label="Photo: drop, paste or choose one", height=190,
+            sources=["upload", "clipboard"], buttons=[], elem_id="photo", min_width=240,
+        )  # fmt: skip
+        with gr.Column(min_width=280):
+            model = gr.Dropdown(page.names, value=page.first, label="Model", elem_id="model")
+            calibrated = gr.Checkbox(True, label="Calibrated, where the model has a calibration", elem_id="calibrated")
+        with gr.Column(min_width=300):
+            method = gr.Radio(page.methods, value="none", label="How the net is asked", elem_id="method")
+            samples = gr.Slider(*SAMPLES, 20, step=1, label="Samples", visible=False, elem_id="samples")
+            with gr.Row():
+                again = gr.Button("Look again", variant="primary", elem_id="again")
+                stop = gr.Button("Stop, keep what there is", visible=False, elem_id="stop")
+    pictures = write_samples(PLACE / "samples")
+    rows = [(str(file), name) for name in pictures if name in page.names for file in sorted(pictures[name].iterdir())]
+    examples = gr.Dataset(
+        components=["image"], samples=[[file] for file, _ in rows], type="index", layout="gallery", label="Examples",
+        elem_id="examples",
     )  # fmt: skip
-    print(f"the page is at http://{host}:{port}; Ctrl-C ends it")
-    page.block_thread()
+    viewer = gr.HTML(
+        None, html_template=_file("viewer.html"), css_template=_file("viewer.css"), js_on_load=_file("viewer.js"),
+        server_functions=[pixel], elem_id="viewer", apply_default_css=False,
+    )  # fmt: skip
+
+    def draw(photo, model, method, samples, calibrated, request: gr.Request, progress=gr.Progress()):
+        if photo is None:
+            return None
+        return page.look(photo, model, method, samples, calibrated, request.session_hash, progress).payload()
+
+    def ask_to_stop(request: gr.Request) -> None:
+        page.sessions.of(request.session_hash).stop.set()
+
+    inputs = [photo, model, method, samples, calibrated]
+    shown = {"api_visibility": "private", "concurrency_id": "net", "show_progress": "full"}
+    changed = [photo.upload, photo.clear, model.input, method.input, samples.release, calibrated.input, again.click]
+    gr.on(changed, draw, inputs, viewer, **shown)
+    examples.click(lambda number: rows[number], examples, [photo, model], api_visibility="private", queue=False).then(
+        draw, inputs, viewer, **shown
+    )
+    method.change(
+        lambda chosen: (gr.update(visible="dropout" in chosen), gr.update(visible=chosen != "none")),
+        method, [samples, stop], api_visibility="private", queue=False,
+    )  # fmt: skip
+    stop.click(ask_to_stop, None, None, api_visibility="private", queue=False)
+    _interface(page, inputs)
+
+
+def _interface(page: Page, inputs: list[Any]) -> None:
+    """What programs call, beside the page: /look, /pixel, /models."""
+
+    def look(photo, model, method, samples, calibrated, request: gr.Request) -> dict[str, Any]:
+        """Analyse a photo: classes with area and mean confidence, means of the maps, least trusted regions, and a token."""
+        return page.look(photo, model, method, samples, calibrated, request.session_hash).summary()
+
+    def pixel(token: str, x: int, y: int) -> dict[str, Any]:
+        """Probabilities of one pixel of a photo that /look gave the token of, before and after calibration."""
+        return page.pixel(token, x, y)
+
+    def models() -> list[dict[str, Any]]:
+        """Names and classes of the models that can be chosen."""
+        return [{"name": name, "classes": list(_model(name).classes)} for name in page.names]
+
+    gr.Button(visible=False).click(look, inputs, gr.JSON(visible=False), api_name="look", concurrency_id="net")
+    gr.api(pixel, api_name="pixel", queue=False)
+    gr.api(models, api_name="models", queue=False)
+
+
+def launch(
+    models: str | Sequence[str], host: str = "127.0.0.1", port: int = 7860, auth: list[tuple[str, str]] | None = None,
+    wait: bool = True,
+) -> tuple[gr.Blocks, str]:  # fmt: skip
+    """Serve the page until Ctrl-C; without `wait`, return it and its address."""
+    clean()
+    blocks = build(models).queue(max_size=WAITING, default_concurrency_limit=1)
+    _, address, _ = blocks.launch(
+        server_name=host, server_port=port, share=False, auth=auth, max_file_size=UPLOAD, allowed_paths=[], show_error=True,
+        quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
+        footer_links=["api"], run_history=False,
+    )  # fmt: skip
+    threading.Thread(target=_sweep, args=[blocks], daemon=True).start()
+    if wait:
+        print(f"the page is at {address}; Ctrl-C ends it", flush=True)
+        blocks.block_thread()
+    return blocks, address
+
+
+def _sweep(blocks: gr.Blocks) -> None:
+    while blocks.is_running:
+        time.sleep(SWEEP)
+        blocks.seguncert.sessions.sweep()
+
+
+__all__ = ["Forgotten", "Page", "build", "launch"]

@@ -55,7 +55,8 @@ def overlay_doubt(
     >>> overlay_doubt(photo, np.array([[1.0, 0.0]]), sure_is="high").tolist()
     [[[90, 90, 90], [239, 242, 158]]]
     """
-    photo_weight, grey_weight, colour = _blend_tables(name, sure_is, gamma, opacity)
+    tables = doubt_tables(sure_is, name=name, gamma=gamma, opacity=opacity)
+    photo_weight, grey_weight, colour = (table[:, None] for table in tables)
     levels_HW = cv2.convertScaleAbs(_checked(map_HW), alpha=255)
     grey = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     out = cv2.multiply(rgb, cv2.applyColorMap(levels_HW, photo_weight), scale=1 / 255)
@@ -223,8 +224,10 @@ def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
 
 
 @lru_cache
-def _blend_tables(name: str, sure_is: Sure, gamma: float, opacity: float) -> tuple[np.ndarray, ...]:
-    """For each of 256 map levels: weight of the photo, weight of its grey, and the colour already weighted."""
+def doubt_tables(
+    sure_is: Sure, *, name: str = "inferno", gamma: float = 0.65, opacity: float = 0.92
+) -> tuple[UInt8[np.ndarray, "256 3"], UInt8[np.ndarray, "256 3"], UInt8[np.ndarray, "256 3"]]:
+    """What `overlay_doubt` does at each of 256 map levels: weight of the photo in 255, of its grey, and what is added."""
     if sure_is not in ("high", "low"):
         raise ValueError(f"sure_is: expected 'high' or 'low'. Received: {sure_is!r}.")
     if not (gamma > 0 and 0 <= opacity <= 1):
@@ -234,7 +237,8 @@ def _blend_tables(name: str, sure_is: Sure, gamma: float, opacity: float) -> tup
     alpha, first = t * opacity, 90  # the table's dark beginning would only dirty the photo
     colour = colour_table(name)[np.rint(first + (255 - first) * t[:, 0, 0]).astype(int)][:, None]
     weights = [(1 - alpha) * (1 - t), (1 - alpha) * t]
-    return *(np.rint(255 * w).astype(np.uint8).repeat(3, 2) for w in weights), np.rint(alpha * colour).astype(np.uint8)
+    photo, grey = (np.rint(255 * weight[:, 0]).astype(np.uint8).repeat(3, 1) for weight in weights)
+    return photo, grey, np.rint(alpha * colour).astype(np.uint8)[:, 0]
 
 
 def _number_lines(rgb: np.ndarray, lines: dict[float, list[np.ndarray]]) -> np.ndarray:

@@ -240,6 +240,29 @@ class Sampler:
         for first in itertools.count(0, size):
             yield self._draw(look, range(first, first + size), seed)
 
+    def steps(
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        samples: int = 20,
+        seed: int = 0,
+        scale: str | float = "auto",
+        tile: int | None = None,
+        size: int = 2,
+    ) -> Iterator[tuple[int, int, Moments]]:
+        """`size` samples after another: how many there are then, of how many, and what to merge into the moments.
+
+        All together they are those of `moments`, but for rounding. A picture that is run in blocks is one step.
+        """
+        H, W = rgb.shape[:2]
+        self._check_bytes(H, W)
+        if not self.drawn or not fits(H, W, self.largest(H, W, scale), tile):
+            yield samples, samples, self.moments(rgb, samples, seed, scale, tile)
+            return
+        look = Look(Picture(rgb), slice(0, H), slice(0, W), scale, entire=True, again=True)
+        for first in range(0, samples, size):
+            drawn = range(first, min(first + size, samples))
+            yield drawn.stop, samples, self._draw(look, drawn, seed)
+
     def _draw(self, look: Look, samples: range, seed: int) -> Moments:
         rows, columns = look.rows, look.columns
         moments = Moments.empty(len(self.classes), rows.stop - rows.start, columns.stop - columns.start)
