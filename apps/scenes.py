@@ -10,7 +10,8 @@ which the net has seen the place, though the others of that place may be among w
 fitted on all scenes but one and judged on that one, all of its pixels; `auto` chooses by holding out scenes among those that
 it is given. Pooled over the scenes held out, in brackets the middle 95 % of a bootstrap over blocks of neighbouring
 pictures. Pixels to fit on are drawn from all pictures, one in twenty at most; judged is every `--every`-th picture. Their
-logits are held in memory: 12 MB a picture of `street`.
+logits are held in memory: 12 MB a picture of `street`. Where fiducio is installed its calibrators are fitted on the same
+pixels and judged by the same code, see `seguncert.apps.fiducio_kinds`; the best of them is named after the fact.
 
 --write fits auto on all scenes and puts calibration-METHOD.json into the model's folder.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,15 +34,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.calibrating import draw
-from seguncert.calibration import FEATURES, Calibration, Calibrator, calibrated_rows
+from seguncert.calibration import FEATURES, Calibration, Calibrator, both_rows
 from seguncert.clusters import find_clusters
 from seguncert.evaluation import in_order
 from seguncert.fitting import Candidate, Pixels, choose, fit
 from seguncert.image import read_image
 from seguncert.job import available_cores
 from seguncert.labels import IGNORED, find_pairs, read_label
-from seguncert.metrics import Evaluation
+from seguncert.metrics import Evaluation, ImageScores
 from seguncert.model import Model, load_model
 from seguncert.run import Settings, predict_photo
 from seguncert.scores import boundary_band
@@ -89,13 +92,13 @@ def main(
     if more_images and more_labels:
         pictures += [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in find_pairs(more_images, more_labels)]
     pictures = [picture for picture in pictures if picture.scene not in (without or [])]
-    console = Console(width=300)
+    console = Console(width=320)
     for name in method or ["none", "mc-dropout"]:
         drawn = {"samples": samples} if "mc-dropout" in name else {}
         settings = Settings(name, **drawn)  # type: ignore[arg-type]
         pixels, logits = collect(pictures, settings, ignore_index, every)
         table = Table("calibrator", *FIGURES, "labels changed", "NLL less none's", *sorted({p.scene for p in pictures}))
-        judged, notes = judge(pictures, pixels, logits, ignore_index)
+        judged, notes = judge(pixels, logits)
         for row in _rows(judged):
             table.add_row(*row)
         count = len({part for part in find_clusters([p.name for p in pictures if p.name in logits]).of.values()})
@@ -167,14 +170,12 @@ class Judged:
     changed: int
 
 
-def judge(
-    pictures: list[Picture], pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]], ignore_index: int | None
-) -> tuple[list[Judged], list[str]]:
-    """Each kind, fitted without a scene, on that scene; and what auto took."""
-    C, scenes = pixels.C, sorted({picture.scene for picture in pictures})
+def judge(pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]]) -> tuple[list[Judged], list[str]]:
+    """Each kind, fitted without a scene, on that scene; what auto took, and what there is of fiducio."""
+    C, scenes = pixels.C, sorted({each.group for each in pixels.drawn})
     clusters = find_clusters(list(logits)).of
     fitted: dict[tuple[str, str], Calibrator | None] = {}
-    notes = []
+    notes, theirs = [], offered(len(scenes) - 1)
     for scene in scenes:
         rest = pixels.only(lambda each, scene=scene: each.group != scene)  # type: ignore[misc]
         for kind in KINDS[1:-1]:
@@ -182,24 +183,36 @@ def judge(
         kind = choose(rest)[0]
         fitted["auto", scene] = fitted.get((kind, scene))
         notes.append(f"auto, {scene} held out: {kind}")
+        fits = in_order((partial(fit_theirs, kind, rest) for kind in theirs), available_cores())
+        shown = track(fits, f"fiducio, {scene} held out", len(theirs), console=Console(stderr=True), disable=not theirs)
+        for kind, each in zip(theirs, shown, strict=True):
+            fitted[kind, scene] = each
     judged = []
-    for kind in track(KINDS, "judging", console=Console(stderr=True)):
+    for kind in track([*KINDS, *theirs], "judging", console=Console(stderr=True)):
         pooled, changed = Evaluation.empty(C, ignore_index=IGNORED, maps={}), 0
         of_scene = {scene: Evaluation.empty(C, ignore_index=IGNORED, maps={}) for scene in scenes}
-        for name, (logits_Chw, labels_HW) in logits.items():
-            scene, calibrator = name.split("/")[0], fitted.get((kind, name.split("/")[0]))
-            H, W = labels_HW.shape
-            with torch.inference_mode():
-                before = torch.cat([band for _, band in calibrated_rows(None, logits_Chw, H, W)], 1)
-                after = torch.cat([band for _, band in calibrated_rows(calibrator, logits_Chw, H, W)], 1)
-            changed += int((before.argmax(0) != after.argmax(0)).sum())
-            band_HW = boundary_band(labels_HW, BAND, ignore_index=IGNORED)
-            for evaluation in (pooled, of_scene[scene]):
-                sums = evaluation.begin()
-                sums.update(after, labels_HW, {}, band_HW)
-                evaluation.add(sums, cluster=clusters[name])
+        scene_of = {name: name.split("/")[0] for name in logits}
+        sums = (partial(_sums, pooled, fitted.get((kind, scene_of[name])), *each) for name, each in logits.items())
+        for name, (image, off) in zip(logits, in_order(sums, available_cores()), strict=True):
+            changed += off
+            for evaluation in (pooled, of_scene[scene_of[name]]):
+                evaluation.add(image, cluster=clusters[name])
         judged.append(Judged(kind, pooled, of_scene, changed))
+    by_nll = sorted((each.pooled.compute()["nll"], each.kind) for each in judged if each.kind in theirs)
+    notes += [f"fiducio's best: {by_nll[0][1].removeprefix('fiducio ')}" if by_nll else MISSING]
     return judged, notes
+
+
+def _sums(
+    evaluation: Evaluation, calibrator: Calibrator | None, logits_Chw: Tensor, labels_HW: np.ndarray
+) -> tuple[ImageScores, int]:
+    """Of one picture, and how many labels the calibrator changed."""
+    sums, changed, band_HW = evaluation.begin(), 0, boundary_band(labels_HW, BAND, ignore_index=IGNORED)
+    with torch.inference_mode():
+        for rows, before_CRW, after_CRW in both_rows(calibrator, logits_Chw, *labels_HW.shape):
+            sums.update(after_CRW, labels_HW[rows], {}, band_HW[rows])
+            changed += int((before_CRW.argmax(0) != after_CRW.argmax(0)).sum())
+    return sums, changed
 
 
 def _rows(judged: list[Judged]) -> Iterable[list[str]]:

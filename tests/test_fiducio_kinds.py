@@ -1,0 +1,112 @@
+"""fiducio's calibrators get the pixels that ours get, and are judged by the same code; with a stand-in, and with the real one."""
+
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+
+from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
+from seguncert.apps.scenes import judge
+from seguncert.calibrating import draw
+from seguncert.calibration import FEATURES
+from seguncert.evaluation import in_order
+from seguncert.fitting import Pixels, fit
+
+SCENES = {"night": 3, "day": 5, "dusk": 2}  # pictures of each
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """Pixels drawn from pictures of three scenes, and their logits and labels; every fifth pixel is wrong."""
+    rng, pixels, logits = np.random.default_rng(0), Pixels(3, tuple(FEATURES), None, run=2), {}
+    for scene, count in SCENES.items():
+        for k in range(count):
+            name, z = f"{scene}/{scene}_{k}.png", 3 * rng.normal(size=(3, 30, 40)).astype(np.float32)
+            y = np.where(rng.random((30, 40)) < 0.2, rng.integers(0, 3, (30, 40)), z.argmax(0)).astype(np.uint8)
+            y[:2] = 255
+            logits[name] = torch.from_numpy(z), y
+            pixels.add(draw(pixels, logits[name][0], [y], name, scene))
+    return pixels, logits
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Of fiducio: keeps what it was given, and doubles the logits."""
+    module, given = types.ModuleType("fiducio"), []
+
+    class Doubling:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def fit(self, predictions, targets, **watched):
+            given.append((self.settings, predictions, targets, watched))
+            return self
+
+        def decision_function(self, predictions):
+            assert predictions.isfinite().all()
+            return 2 * predictions
+
+    module.registered_ids = lambda: ["vector_scaling", "temperature_scaling"]
+    module.get_calibrator_class = {"vector_scaling": Doubling, "temperature_scaling": Doubling}.__getitem__
+    monkeypatch.setitem(sys.modules, "fiducio", module)
+    return given
+
+
+def sorted_rows(*tables):
+    """Logits and label of each pixel as rows of one table, in an order of their own."""
+    rows = np.concatenate([np.column_stack([z, y]) for z, y in tables])
+    return rows[np.lexsort(rows.T)]
+
+
+def test_their_kinds_get_our_pixels_and_early_stopping_a_scene_of_them(seen, stand_in):
+    pixels, _ = seen
+    assert offered(2) == ["fiducio temperature_scaling", "fiducio vector_scaling", "fiducio vector_scaling, early"]
+    assert offered(1) == ["fiducio temperature_scaling", "fiducio vector_scaling"], "no scene to keep aside"
+    for kind in ("fiducio vector_scaling", "fiducio vector_scaling, early"):
+        fit_theirs(kind, pixels)
+    (_, *whole, none), (settings, *rest, watched) = stand_in
+    ours = sorted_rows(*((each.logits_NC, each.votes_NC) for each in pixels.drawn))
+    np.testing.assert_array_equal(sorted_rows(whole), ours)
+    assert not none and settings["patience"] == 20
+    aside = watched["val_predictions"], watched["val_targets"]
+    np.testing.assert_array_equal(sorted_rows(rest, aside), ours)
+    dusk = [each for each in pixels.drawn if each.group == "dusk"]
+    np.testing.assert_array_equal(sorted_rows(aside), sorted_rows(*((each.logits_NC, each.votes_NC) for each in dusk)))
+
+
+def test_the_table_judges_theirs_as_ours(seen, stand_in):
+    pixels, logits = seen
+    judged, notes = judge(pixels, logits)
+    z, y = np.concatenate([z.numpy()[:, y != 255] for z, y in logits.values()], 1), np.concatenate([y[y != 255] for _, y in logits.values()])  # fmt: skip
+    nll = {each.kind: each.pooled.compute()["nll"] for each in judged}
+    for kind, factor in (("none", 1), ("fiducio vector_scaling, early", 2)):
+        expected = -np.take_along_axis(log_softmax(factor * z.astype(float), axis=0), y[None].astype(int), 0).mean()
+        assert nll[kind] == pytest.approx(expected, rel=1e-6)
+    for each in judged:
+        assert sum(e.compute()["pixels"] for e in each.of_scene.values()) == each.pooled.compute()["pixels"] == len(y)
+        assert (each.changed > 0) == (each.kind == "vector")
+    assert notes[-1] == "fiducio's best: temperature_scaling"
+
+
+def test_without_fiducio_a_line_says_how_to_get_it(seen, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fiducio", None)
+    judged, notes = judge(*seen)
+    assert notes[-1] == MISSING and "pip install fiducio" in MISSING
+    assert not any("fiducio" in each.kind for each in judged)
+
+
+def test_the_real_one(seen):
+    pytest.importorskip("fiducio", reason="fiducio is no dependency; pip install fiducio in an environment of its own")
+    pixels, logits = seen
+    kinds = offered(2)
+    assert len(kinds) == 16
+    theirs = dict(zip(kinds, in_order([lambda k=kind: fit_theirs(k, pixels) for kind in kinds], 2), strict=True))
+    assert theirs["fiducio temperature_scaling"].fitted.temperature == pytest.approx(math.exp(-fit("temperature", pixels).constant), rel=1e-3)  # fmt: skip
+    z = next(iter(logits.values()))[0]
+    for kind, each in theirs.items():
+        expected = each.fitted.transform(z[None])[0].numpy()
+        np.testing.assert_allclose(softmax(each(z, None).numpy(), axis=0), expected, atol=1e-6, err_msg=kind)
