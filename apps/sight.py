@@ -77,7 +77,9 @@ class Sight:
 
     def shown_map(self, name: str) -> Float[np.ndarray, "h w"]:
         """A map, each pixel the mean of those that it stands for."""
-        return thumbnail(self.result.maps[name], SHOWN)
+        h, w = self.shown_size
+        map_HW = self.result.maps[name]
+        return map_HW if (h, w) == map_HW.shape else cv2.resize(map_HW, (w, h), interpolation=cv2.INTER_AREA)
 
     def payload(self) -> dict[str, Any]:
         """What the browser needs to draw by itself; plain values, pictures as data URLs."""
@@ -205,11 +207,11 @@ class Sight:
     def _sentence(self, x: int, y: int, order: np.ndarray, probs_C: np.ndarray, raw_C: np.ndarray) -> str:
         result = self.result
         named = [c for c in order[:3] if probs_C[c] >= LIKELY] or [order[0]]
-        told = ", ".join(f"{_percent(probs_C[c])} {result.classes[c]}" for c in named)
+        told = ", ".join(f"{_percent(float(probs_C[c]))} {result.classes[c]}" for c in named)
         words = [f"{'Not calibrated' if result.calibration == 'none' else 'Calibrated'}: {told}."]
         shift = raw_C[order[0]] - probs_C[order[0]]
         if result.calibration != "none" and abs(shift) >= 0.02:
-            words.append(f"The net by itself said {_percent(raw_C[order[0]])}.")
+            words.append(f"The net by itself said {_percent(float(raw_C[order[0]]))}.")
         moments = result.moments
         if moments is None or moments.n < 2:
             return " ".join(words)

@@ -91,7 +91,7 @@ function drawNow() {
   const below = Number(find("below").value);
   find("below-told").textContent = below >= 100 ? "anything: all are shown" : below + " %";
   find("told").replaceChildren(told(below));
-  root.dataset.drawn = [name, other, find("opacity").value, below, [...chosen].join(" ")].join("|");
+  root.dataset.drawn = [name, other, find("how").value, find("divide").value, find("opacity").value, below, [...chosen].join(" ")].join("|");
   legend(name); transform();
 }
 
