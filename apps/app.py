@@ -147,7 +147,7 @@ def _image_tab(page: Page) -> None:
 
     with gr.Row(elem_id="controls"):
         photo = photo_input(
-            label="Photo: drop, paste or choose one", height=190,
+            label="Photo: drop, paste or choose one", height=150,
             sources=["upload", "clipboard"], buttons=[], elem_id="photo", min_width=240,
         )  # fmt: skip
         with gr.Column(min_width=280):
@@ -214,17 +214,25 @@ def _interface(page: Page, inputs: list[Any]) -> None:
 
 
 def launch(
-    models: str | Sequence[str], host: str = "127.0.0.1", port: int = 7860, auth: list[tuple[str, str]] | None = None,
+    models: str | Sequence[str], host: str = "127.0.0.1", port: int | None = 7860, auth: list[tuple[str, str]] | None = None,
     wait: bool = True,
 ) -> tuple[gr.Blocks, str]:  # fmt: skip
-    """Serve the page until Ctrl-C; without `wait`, return it and its address."""
+    """Serve the page until Ctrl-C; without `wait`, return it and its address. A port of None is any that is free.
+
+    Raises ValueError where the port is taken, ModelError for an unknown model.
+    """
     clean()
     blocks = build(models).queue(max_size=WAITING, default_concurrency_limit=1)
-    _, address, _ = blocks.launch(
-        server_name=host, server_port=port, share=False, auth=auth, max_file_size=UPLOAD, allowed_paths=[], show_error=True,
-        quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
-        footer_links=["api"], run_history=False,
-    )  # fmt: skip
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host, server_port=port, share=False, auth=auth, max_file_size=UPLOAD, allowed_paths=[], show_error=True,
+            quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
+            footer_links=["api"], run_history=False, css=_file("page.css"),
+        )  # fmt: skip
+    except OSError:
+        raise ValueError(
+            f"port: expected one that is free on {host}. Received: {port}; choose another with --port"
+        ) from None
     threading.Thread(target=_sweep, args=[blocks], daemon=True).start()
     if wait:
         print(f"the page is at {address}; Ctrl-C ends it", flush=True)

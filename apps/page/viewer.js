@@ -89,7 +89,7 @@ function drawNow() {
   if (slider) line.style.left = place(at, 0)[0] + "%";
   find("opacity-told").textContent = find("opacity").value + " %";
   const below = Number(find("below").value);
-  find("below-told").textContent = below >= 100 ? "anything: all are shown" : below + " %";
+  find("below-told").textContent = below >= 100 ? "100 %: all are shown" : below + " %";
   find("told").replaceChildren(told(below));
   root.dataset.drawn = [name, other, find("how").value, find("divide").value, find("opacity").value, below, [...chosen].join(" ")].join("|");
   legend(name); transform();
