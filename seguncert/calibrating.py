@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -28,16 +27,15 @@ from seguncert.calibration import (
     pixel_features,
     surroundings,
 )
-from seguncert.evaluation import in_order
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
-from seguncert.image import MAX_BYTES, MAX_PIXELS, read_image
-from seguncert.job import PIXELS, Job, available_cores
-from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.image import MAX_PIXELS
+from seguncert.job import Job, available_cores
+from seguncert.labels import IGNORED, find_pairs
 from seguncert.maps import parse_method
-from seguncert.model import Model, evaluating, load_model
+from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
-from seguncert.run import Settings, chosen_views, predict_photo
-from seguncert.tiles import Sampler
+from seguncert.run import Settings, chosen_views
+from seguncert.walk import Failed, Ready, check_file, visit, walk
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,7 @@ def calibrate(
     images, out = Path(images), Path(out)
     if calibrator not in ("auto", *KINDS):
         raise CalibrationError(f"calibrator: expected auto or one of {', '.join(KINDS)}. Received: {calibrator!r}")
-    if out.is_dir() or not out.parent.is_dir() or out.suffix != ".json":
-        raise ValueError(f"OUT: expected a file ending in .json in a folder that is there. Received: {out}")
+    check_file(out)
     drawn_seed = seed if "mc-dropout" in parse_method(method) else Settings.seed
     settings = Settings(method, samples, drawn_seed, chosen_views(views), drop_path=drop_path, scale=scale, tile=tile)
     pairs = find_pairs(images, labels)
@@ -124,33 +121,23 @@ def calibrate(
     job = Job(images, settings, "png16", max_pixels, dict(insert_dropout or {}), backend, precision)
     names = tuple(FEATURES) if calibrator in ("auto", "local", "neighbourhood") else ()
     more: dict[str, Any] = {"run": 1, "most": 1 << 62} if all_pixels else {"most": MOST >> 1} if names else {}
-    pixels, failed = Pixels(len(models[0].classes), names, models[0].frame, seed, **more), dict[str, str]()
+    pixels = Pixels(len(models[0].classes), names, models[0].frame, seed, **more)
     named = [path.relative_to(images).as_posix() for path, _ in pairs]
     group = {path: frames[0] for frames in sequences(named) for path in frames}
-    threads = torch.get_num_threads(), cv2.getNumThreads()
-    try:
-        with ExitStack() as stack:
-            nets = [_Net("", models[0].sha256, *_ready(stack, job, models, workers))]
-            for folder in left_out:
-                nets += _stand_ins(stack, job, folder, models[0], device, workers)
-            _check_sequences(nets[1:], pairs)
+    with ExitStack() as stack:
+        nets = [_Net("", models[0].sha256, Ready.until(stack, job, models, workers))]
+        for folder in left_out:
+            nets += _stand_ins(stack, job, folder, models[0], device, workers)
+        _check_sequences(nets[1:], pairs)
 
-            def tasks() -> Iterator[Callable[[], Drawn | _Failed]]:
-                for name, (image, label) in zip(named, pairs, strict=True):
-                    net = next((each for each in nets[1:] if each.sequence == _sequence(image)), nets[0])
-                    every = [label, *(folder[image] for folder in further)]
-                    yield partial(_draw, job, net, pixels, image, every, name, group[name], ignore_index)
+        def tasks() -> Iterator[Callable[[], Drawn | Failed]]:
+            for name, (image, label) in zip(named, pairs, strict=True):
+                net = next((each for each in nets[1:] if each.sequence == _sequence(image)), nets[0])
+                every = [label, *(folder[image] for folder in further)]
+                use = partial(draw, pixels, picture=name, group=group[name])
+                yield partial(visit, job, net.ready, image, every, name, ignore_index, use)
 
-            for drawn in stack.enter_context(closing(in_order(tasks(), workers))):
-                if isinstance(drawn, Drawn):
-                    pixels.add(drawn)
-                else:
-                    failed[drawn.name] = drawn.error
-                if progress is not None:
-                    progress(len(pixels.drawn), len(failed), len(pairs))
-    finally:
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
+        failed = walk(tasks(), len(pairs), workers, pixels.add, progress)
     if failed and not pixels.drawn:
         raise CalibrationError(f"calibrate: expected images with labels. Received: {len(failed)} that failed, the first is"
                                f" {next(iter(failed))}: {next(iter(failed.values()))}")  # fmt: skip
@@ -173,20 +160,7 @@ class _Net:
 
     sequence: str
     sha256: str
-    model: Model
-    sampler: Sampler | None
-
-
-@dataclass(frozen=True)
-class _Failed:
-    name: str
-    error: str
-
-
-def _ready(stack: ExitStack, job: Job, models: list[Model], workers: int) -> tuple[Model, Sampler | None]:
-    model, sampler, _ = job.engine(models, workers)
-    stack.enter_context(sampler.ready() if sampler else evaluating(model.module))
-    return model, sampler
+    ready: Ready
 
 
 def _stand_ins(
@@ -199,8 +173,8 @@ def _stand_ins(
             f"left-out: expected a net of the classes of {model.name} that was trained with --leave-out."
             f" Received: {folder}, with {len(net.classes)} classes, trained without {', '.join(left_out) or 'nothing'}."
         )
-    ready = _ready(stack, job, [net], workers)
-    return [_Net(sequence, net.sha256, *ready) for sequence in left_out]
+    ready = Ready.until(stack, job, [net], workers)
+    return [_Net(sequence, net.sha256, ready) for sequence in left_out]
 
 
 def _sequence(image: Path) -> str:
@@ -214,50 +188,6 @@ def _check_sequences(nets: Sequence[_Net], pairs: Sequence[tuple[Path, Path]]) -
         if net.sequence not in found:
             raise CalibrationError(f"left-out: expected a net without one of the sequences {', '.join(sorted(found))}."
                                    f" Received: one without {net.sequence}. A sequence is what an image's name begins with, up to the first _.")  # fmt: skip
-
-
-def _draw(
-    job: Job,
-    net: _Net,
-    pixels: Pixels,
-    image: Path,
-    labels: list[Path],
-    name: str,
-    group: str,
-    ignore_index: int | None,
-) -> Drawn | _Failed:
-    """Pixels of one image; what is wrong with it becomes one line."""
-    try:
-        return _drawn(job, net, pixels, image, labels, name, group, ignore_index)
-    except (ValueError, OSError) as error:
-        return _Failed(name, " ".join(str(error).split())[:500])
-    except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
-        return _Failed(name, f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def _drawn(
-    job: Job,
-    net: _Net,
-    pixels: Pixels,
-    image: Path,
-    labels: list[Path],
-    name: str,
-    group: str,
-    ignore_index: int | None,
-) -> Drawn:
-    C, settings = pixels.C, job.settings
-    photo = read_image(image, max_pixels=job.max_pixels, max_bytes=max(MAX_BYTES, 8 * job.max_pixels))
-    H, W = photo.rgb.shape[:2]
-    every = [read_label(label, C, ignore_index) for label in labels]
-    for label, labels_HW in zip(labels, every, strict=True):
-        if labels_HW.shape != (H, W):
-            raise ValueError(f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}")  # fmt: skip
-    with PIXELS.take(H * W * (1 + C // 3)):
-        sampler = net.sampler
-        if sampler is None and settings.needs_sampler(net.model, H, W):
-            sampler = settings.sampler([net.model])
-        logits_Chw = predict_photo(net.model, sampler, photo.rgb, settings)[0]
-        return draw(pixels, logits_Chw, every, name, group)
 
 
 def draw(

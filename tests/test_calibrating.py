@@ -201,7 +201,7 @@ def test_what_is_wrong_with_an_image_is_named_and_the_rest_goes_on(folder, net):
 
 
 def test_an_image_on_which_the_net_fails_is_named(folder, net, monkeypatch):
-    import seguncert.calibrating as module
+    import seguncert.walk as module
 
     predict, calls = module.predict_photo, []
 
