@@ -22,9 +22,11 @@ import torch
 from seguncert.calibration import Calibration, find_calibration
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
 from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable
+from seguncert.maps import OF_SETS
 from seguncert.model import Model, evaluating, load_model
 from seguncert.predict import scale_factor
 from seguncert.run import Settings, chosen_maps, chosen_views
+from seguncert.sets import FittedSets, find_sets
 from seguncert.sheets import tiff_writer
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
@@ -62,6 +64,7 @@ def export(
     insert_dropout: Mapping[str, float] | None = None,
     maps: Sequence[str] | None = None,
     calibration: str | os.PathLike[str] | Calibration | None = "auto",
+    conformal: str | os.PathLike[str] | FittedSets | None = "auto",
     scale: str | float = "auto",
     tile: int | Literal["auto"] = "auto",
     format: str = "png16",
@@ -80,7 +83,8 @@ def export(
 
     Args:
         model: name or folder, or a loaded model; for the method ensemble several of them.
-        method, samples, seed, views, max_error, drop_path, maps, calibration, scale, tile: as in `seguncert.analyse`; the same masks for every image.
+        method, samples, seed, views, max_error, drop_path, maps, calibration, conformal, scale, tile: as in `seguncert.analyse`; the
+            same masks for every image. Sets are of no use without the map set_size.
         carry: for frames of video, how much the frame before counts, between 0 and 1; see `seguncert.video`. Frames of a
             folder whose names differ only in their last number are a video, in the order of that number.
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
@@ -98,8 +102,10 @@ def export(
     source, out = Path(source), Path(out)
     settings = Settings(
         method, samples, seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
-        () if maps is None else chosen_maps(maps),
+        () if maps is None else chosen_maps(maps), conformal not in (None, "none"),
     )  # fmt: skip
+    if conformal not in (None, "none", "auto") and OF_SETS not in settings.maps:
+        raise ValueError(f"conformal: expected with it the map {OF_SETS}. Received: maps {', '.join(settings.maps)}")
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
     if format == "tiff":
@@ -121,7 +127,12 @@ def export(
             f"no images in {source}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}. Other files: {sum(passed_over.values())}"
         )
     fitted = find_calibration(calibration, models[0].folder, *settings.fitted_for(models))
-    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted)
+    asked = OF_SETS in settings.maps
+    of_model = find_sets(
+        conformal, models[0].folder, *settings.fitted_for(models), fitted, asked=asked, overridden=calibration != "auto"
+    )
+    sets = of_model.sets if of_model and asked else None
+    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted, sets)
     net, sampler, engine = job.engine(models, workers)
     store = Store(out, job.run_json(models, sampler, engine))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())

@@ -494,38 +494,43 @@ class Calibration:
 
     def check(self, model: Mapping[str, Any], sampling: Mapping[str, Any], where: str = "calibration") -> None:
         """Raise CalibrationError unless it was fitted for this model and this way of sampling."""
-        known = "sha256" if self.model["sha256"] else "name"
-        if self.model[known] != model[known]:
-            raise CalibrationError(
-                f"{where}: expected one that was fitted for {model['name']} (sha256 {model['sha256'][:12] or 'unknown'}…)."
-                f" Received: one for {self.model['name']} ({self.model['sha256'][:12] or 'unknown'}…). Fit one with"
-                " `seguncert calibrate`, or set calibration none."
-            )
-        if list(self.model["classes"]) != list(model["classes"]):
-            raise CalibrationError(
-                f"{where}: expected one for the classes {', '.join(model['classes'])}. Received: one for"
-                f" {', '.join(self.model['classes'])}. Fit one with `seguncert calibrate`, or set calibration none."
-            )
-        for key in {**sampling, **self.sampling}:
-            if self.sampling.get(key) != sampling.get(key):
-                raise CalibrationError(
-                    f"{where}: expected one that was fitted with {key} {sampling.get(key)}. Received: one fitted with"
-                    f" {key} {self.sampling.get(key)}. Fit one with `seguncert calibrate`, or set calibration none."
-                )
+        if differs := unlike((self.model, self.sampling), (model, sampling)):
+            raise CalibrationError(f"{where}: {differs} Fit one with `seguncert calibrate`, or set calibration none.")
 
     def fits(self, model: Mapping[str, Any], sampling: Mapping[str, Any]) -> bool:
         """Whether `check` passes."""
-        try:
-            self.check(model, sampling)
-        except CalibrationError:
-            return False
-        return True
+        return not unlike((self.model, self.sampling), (model, sampling))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, by a rename: there is never half a file. Raises StoreError where it cannot be written."""
         content: dict[str, Any] = {"seguncert_calibration": VERSION}
         content |= {name: getattr(self, name) for name in ("model", "sampling", "protocol", "measured", "parameters")}
         write_file(Path(path), json.dumps(content, indent=1) + "\n")
+
+
+def unlike(
+    fitted: tuple[Mapping[str, Any], Mapping[str, Any]], used: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> str:
+    """In what a model, or its way of sampling, differs from that for which something was fitted; "" if in nothing."""
+    (of_model, of_sampling), (model, sampling) = fitted, used
+    known = "sha256" if of_model["sha256"] else "name"
+    if of_model[known] != model[known]:
+        return (
+            f"expected one that was fitted for {model['name']} (sha256 {model['sha256'][:12] or 'unknown'}…)."
+            f" Received: one for {of_model['name']} ({of_model['sha256'][:12] or 'unknown'}…)."
+        )
+    if list(of_model["classes"]) != list(model["classes"]):
+        return (
+            f"expected one for the classes {', '.join(model['classes'])}. Received: one for"
+            f" {', '.join(of_model['classes'])}."
+        )
+    for key in {**sampling, **of_sampling}:
+        if of_sampling.get(key) != sampling.get(key):
+            return (
+                f"expected one that was fitted with {key} {sampling.get(key)}. Received: one fitted with"
+                f" {key} {of_sampling.get(key)}."
+            )
+    return ""
 
 
 def find_calibration(

@@ -320,7 +320,11 @@ class ConformalSets:
         """What holds, on which images, and what does not; no set should be shown without it."""
         aim, what, n = self.aim, "labelled pixels whose true class is in the set", f"{self.images[0]}"
         if aim.by_class:
-            what, n = "a class's pixels whose set holds it", f"{min(self.images)} to {max(self.images)} with that class"
+            few, many = min(self.images), max(self.images)
+            what, n = (
+                "a class's pixels whose set holds it",
+                f"{few}{f' to {many}' if few < many else ''} with that class",
+            )
         elif aim.foreground:
             what, n = f"the foreground (class {_listed(aim.foreground)}) that is in the mask", f"{n} with foreground"
         held = f"the expected share of {what} is at least {1 - self.alpha:.4g}"
@@ -333,6 +337,19 @@ class ConformalSets:
             f"On images exchangeable with the {n} it was fitted on, which net and calibration have not learnt, {held};"
             " no promise for one given image or pixel, nor for another scene."
         )
+
+    @property
+    def note(self) -> str:
+        """The promise in as few words as there is room for in a legend."""
+        missed = "the labelled pixels of an exchangeable image miss their class"
+        if self.aim.by_class:
+            missed = "a class's pixels in an exchangeable image miss it"
+        elif self.aim.foreground:
+            missed = "the foreground of an exchangeable image is missed"
+        if self.aim.covered is None:
+            return f"on average at most {100 * self.alpha:.4g} % of {missed}"
+        sure = f"{100 * (1 - self.alpha):.4g} %"
+        return f"with a chance of {sure} or more, at most {100 * (1 - self.aim.covered):.4g} % of {missed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; an infinite threshold is null."""

@@ -26,6 +26,7 @@ import torch
 from seguncert import maps as maps_
 from seguncert import render
 from seguncert.calibration import Calibration, Calibrator
+from seguncert.conformal import ConformalSets
 from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
 from seguncert.predict import on_backend
@@ -54,6 +55,7 @@ class Job:
     backend: str = "torch"
     precision: str = "auto"
     calibration: Calibration | None = None
+    sets: ConformalSets | None = None
 
     @property
     def calibrator(self) -> Calibrator | None:
@@ -105,6 +107,7 @@ class Job:
             **engine,
             "calibration": self.calibrated,
             **({"calibrator": self.calibration.parameters} if self.calibrator and self.calibration else {}),
+            **({"sets": self.sets.to_dict()} if self.sets else {}),
             "scale": str(self.settings.scale),
             "tile": self.settings.tile,
             "format": self.format,
@@ -227,8 +230,8 @@ def _in_memory(
     sums = _sums(job, sampler)
     if sampler is None and job.settings.needs_sampler(model, H, W):
         sampler = job.settings.sampler([model])
-    logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry, job.calibrator)
-    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps, job.calibrator)
+    logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry, job.calibrator, job.sets)
+    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps, job.calibrator, job.sets)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
     for name, map_HW in found.items():
         suffix, content = _encode(map_HW, job.format)
@@ -252,7 +255,7 @@ def _in_blocks(
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
     sheets = {name: Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
     labels = Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
-    blocks = describe_blocks(model, sampler, rgb, job.settings, job.calibrator)
+    blocks = describe_blocks(model, sampler, rgb, job.settings, job.calibrator, job.sets)
     torch.set_num_threads(available_cores())  # it waited until it was alone
     for rows, columns, labels_RW, maps_RW, moments in blocks:
         labels.put(rows, columns, labels_RW)
@@ -328,7 +331,7 @@ def _overlay(job: Job, rgb: np.ndarray, map_HW: np.ndarray, C: int) -> bytes:
     if max(rgb.shape) > render.JPEG_LONGEST - 200:  # leave room for the legend
         rgb = render.thumbnail(rgb, render.JPEG_LONGEST - 200)
         map_HW = cv2.resize(map_HW, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return render.encode_jpeg(draw_overlay(rgb, map_HW, job.settings.maps[0], C, job.calibrated))
+    return render.encode_jpeg(draw_overlay(rgb, map_HW, job.settings.maps[0], C, job.calibrated, job.sets))
 
 
 def _encode(map_HW: np.ndarray, format: str) -> tuple[str, bytes]:

@@ -11,6 +11,7 @@ With z = logits − max(logits) and s = Σ exp(z), no probability is ever put th
 
 A one-hot softmax gives s = 1 and entropy exactly 0; C equal logits give entropy 1. The three maps that need samples are
 made from `Moments`: mutual information and expected entropy divided by ln C, the variance summed over classes by 1 − 1/C.
+The size of a conformal set less one is divided by C − 1; the sets themselves are in `seguncert.conformal`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class MapInfo:
     drawn_to: float = 1.0
 
     def full_scale(self, C: int) -> float:
-        """The map's bound for C classes, in its unit: ln C nats, 1 − 1/C for a variance, 1 for a probability."""
-        return {"nat": math.log(C), "probability²": 1 - 1 / C}.get(self.unit, 1.0)
+        """The map's bound for C classes, in its unit: ln C nats, 1 − 1/C for a variance, C − 1 classes, 1 for a probability."""
+        return {"nat": math.log(C), "probability²": 1 - 1 / C, "further classes": C - 1.0}.get(self.unit, 1.0)
 
 
 MAPS: dict[str, MapInfo] = {
@@ -65,9 +66,13 @@ MAPS: dict[str, MapInfo] = {
     "expected_entropy": MapInfo(
         "Expected entropy", "nat", "low", "Entropy of the average sample: doubt that is in the picture, not in the model."
     ),
+    "set_size": MapInfo(
+        "Set size", "further classes", "low", "Classes besides one in the conformal set of a pixel; 0 where one is enough, or none is in."
+    ),
 }  # fmt: skip
 OF_SOFTMAX = ("confidence", "entropy", "margin")
 OF_SAMPLES = ("mutual_information", "variance", "expected_entropy")
+OF_SETS = "set_size"
 METHODS = ("none", "mc-dropout", "sampling-free", "tta", "ensemble")
 
 
@@ -87,8 +92,8 @@ def parse_method(method: str) -> frozenset[str]:
     return frozenset(parts) - {"none"}
 
 
-def check_names(names: Collection[str], sampled: bool = False) -> None:
-    """Raise ValueError unless `names` are one or more different maps, none of them of samples where there are none."""
+def check_names(names: Collection[str], sampled: bool = False, sets: bool = False) -> None:
+    """Raise ValueError unless `names` are one or more different maps, none of them of samples or sets where there are none."""
     unknown = [name for name in names if name not in MAPS]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(
@@ -98,6 +103,10 @@ def check_names(names: Collection[str], sampled: bool = False) -> None:
     if missing:
         raise ValueError(
             f"maps: {', '.join(missing)} describe the spread of samples, and one pass has none. Set a method that has: {', '.join(METHODS[1:])}."
+        )
+    if OF_SETS in names and not sets:
+        raise ValueError(
+            f"maps: {OF_SETS} is of conformal sets, and there are none here. `seguncert conformal` makes them, for export and analyse."
         )
 
 

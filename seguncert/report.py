@@ -37,7 +37,7 @@ def render_report(
     Args:
         run: the settings of the run. Read are `model` (`name`, `sha256`, `classes`, `colours`), `maps` (by name:
             `title`, `unit`, `full_scale`, `sure_is`, `about`, `drawn_to` (1 if missing); the first one orders the gallery), `calibration`,
-            `method`, and where they are there `input`, `format`, `version` or `seguncert`.
+            `method`, and where they are there `sets` (their `promise`), `input`, `format`, `version` or `seguncert`.
         rows: one per input image: `path`, `status` ("ok" or anything else), `error`, `note`, `height`, `width` and
             for each map `<name>_mean` in [0, 1]. A path may hold any character a file name may.
         histograms: per map the pixel counts of equal bins of [0, 1] over all images.
@@ -61,6 +61,7 @@ def render_report(
             version=run.get("version") or run.get("seguncert") or "",
             maps=maps,
             calibrated=run["calibration"] != "none",
+            promise=run.get("sets", {}).get("promise", ""),
             samples=run.get("samples"),
             drawn_to=maps[0].get("drawn_to", 1.0),
             done=len(done),

@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 
 from seguncert import maps as maps_
 from seguncert.calibration import Calibration, Calibrator, calibrated_rows, find_calibration
+from seguncert.conformal import ConformalSets
 from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.moments import Moments
 from seguncert.predict import predict_logits, scale_factor
+from seguncert.sets import FittedSets, find_sets
 from seguncert.tiles import LEAST, Sampler, fits
 from seguncert.video import Carry
 
@@ -46,6 +48,7 @@ class Result:
             another number of samples, or another seed, would change. For `samples="auto"` of every map, else of the confidence.
         note: what had to be done to read the photo, and whether it is unlike all that the calibration has seen; "" if
             neither.
+        conformal: thresholds and promise of the sets, where there are any; see `seguncert.conformal`.
     """
 
     rgb: UInt8[np.ndarray, "H W 3"] = field(repr=False)
@@ -59,6 +62,7 @@ class Result:
     errors: dict[str, Float[np.ndarray, "H W"]] = field(default_factory=dict, repr=False)
     note: str = ""
     calibrator: Calibrator | None = field(default=None, repr=False)
+    conformal: ConformalSets | None = field(default=None, repr=False)
 
     @cached_property
     def probabilities(self) -> Float[np.ndarray, "C H W"]:
@@ -69,11 +73,21 @@ class Result:
             probs_CHW[:, rows] = logits_CRW.softmax(0).numpy()
         return probs_CHW
 
+    @cached_property
+    def sets(self) -> Bool[np.ndarray, "C H W"] | None:
+        """Which classes are in the conformal set of each pixel, (C, H, W) bool; None where no sets were fitted for this."""
+        if self.conformal is None:
+            return None
+        inside_CHW = np.empty((len(self.classes), *self.labels.shape), bool)
+        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, *self.labels.shape):
+            inside_CHW[:, rows] = self.conformal.members(logits_CRW)
+        return inside_CHW
+
     def overlay(self, name: str = "confidence") -> UInt8[np.ndarray, "h w 3"]:
         """The photo under one map, with its legend below: clear where sure, coloured where doubtful."""
         if name not in self.maps:
             raise ValueError(f"overlay: expected one of the maps {', '.join(self.maps)}. Received: {name!r}")
-        return draw_overlay(self.rgb, self.maps[name], name, len(self.classes), self.calibration)
+        return draw_overlay(self.rgb, self.maps[name], name, len(self.classes), self.calibration, self.conformal)
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class Settings:
     scale: str | float = "auto"
     tile: int | str = "auto"
     maps: tuple[str, ...] = ()
+    sets: bool = False  # whether conformal sets may be asked for
 
     def __post_init__(self) -> None:
         for name in ("samples", "seed", "tile"):
@@ -131,7 +146,7 @@ class Settings:
         if not self.maps:
             object.__setattr__(self, "maps", OF_MANY if parts else OF_ONE_PASS)
         # a carried single pass has no spread where a frame shows something new
-        maps_.check_names(self.maps, sampled=bool(parts))
+        maps_.check_names(self.maps, sampled=bool(parts), sets=self.sets)
 
     @property
     def pixels(self) -> int | None:
@@ -172,6 +187,7 @@ def analyse(
     drop_path: bool = False,
     maps: Sequence[str] | None = None,
     calibration: str | os.PathLike[str] | Calibration | None = "auto",
+    conformal: str | os.PathLike[str] | FittedSets | None = "auto",
     scale: str | float = "auto",
     tile: int | Literal["auto"] = "auto",
 ) -> Result:
@@ -188,23 +204,26 @@ def analyse(
         carry: for the frames of a video, one `seguncert.Carry` for all of them in order; what it carries is blended in.
         drop_path: whether timm's stochastic depth is dropout too.
         maps: names of `seguncert.maps.MAPS`; None is confidence, entropy, and by method margin, or mutual information
-            and variance.
+            and variance. set_size needs conformal sets.
         calibration: auto is the one that comes with the model for this method, if there is one; none, a file that
             `seguncert calibrate` wrote, or what `load_calibration` gives. It changes the probabilities and the maps of
             them; mutual information and variance describe the samples, before calibration.
+        conformal: likewise the sets that come with the model for this method and calibration, none, a file that
+            `seguncert conformal` wrote, or what `load_sets` gives; see `seguncert.sets.find_sets` for what is refused.
         tile: pixels a side that a net is given at once; auto is 2,048, or 896 of larger pictures.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
         ModelError: the net gave values that are not finite, or has no dropout to sample.
-        ValueError: unknown method, map or scale, fewer than two samples, or a calibration for another model or method.
+        ValueError: unknown method, map or scale, fewer than two samples, a calibration for another model or method, sets
+            for another calibration too, or none where the map set_size is asked for.
     """
     models = [model] if isinstance(model, Model) else list(model)
     if not models or not all(isinstance(each, Model) for each in models):
         raise ValueError(f"model: expected what load_model or wrap_model gives, or a list of such. Received: {model!r}")
     settings = Settings(
         method, samples, seed, chosen_views(views), max_error, carry.keep if carry else None, drop_path,
-        scale, tile, () if maps is None else chosen_maps(maps),
+        scale, tile, () if maps is None else chosen_maps(maps), conformal not in (None, "none"),
     )  # fmt: skip
     if not isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         raise ImageError(
@@ -223,15 +242,20 @@ def analyse(
     H, W = photo.rgb.shape[:2]
     fitted = find_calibration(calibration, models[0].folder, *settings.fitted_for(models))
     calibrator = fitted.calibrator if fitted else None
+    of_model = find_sets(
+        conformal, models[0].folder, *settings.fitted_for(models), fitted,
+        asked=maps_.OF_SETS in settings.maps, overridden=calibration != "auto",
+    )  # fmt: skip
+    sets = of_model.sets if of_model else None
     plain = len(models) == 1 and not settings.needs_sampler(models[0], H, W)
     sampler = None if plain else settings.sampler(models)
-    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator)
-    labels, found = describe_photo(logits, moments, H, W, settings.maps, calibrator)
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator, sets)
+    labels, found = describe_photo(logits, moments, H, W, settings.maps, calibrator, sets)
     strange = calibrator.unfamiliar(logits) if calibrator else ""
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
         fitted.about if fitted else "none", moments if method != "none" else None, errors,
-        "; ".join(filter(None, [photo.note, strange])), calibrator,
+        "; ".join(filter(None, [photo.note, strange])), calibrator, sets,
     )  # fmt: skip
 
 
@@ -264,16 +288,17 @@ def predict_photo(
     settings: Settings,
     carry: Carry | None = None,
     calibrator: Calibrator | None = None,
+    sets: ConformalSets | None = None,
 ) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
     """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors.
 
-    The logits are not calibrated; what samples auto wants to know are the maps after `calibrator`.
+    The logits are not calibrated; what samples auto wants to know are the maps after `calibrator`, and of `sets`.
     """
     if sampler is None:
         assert carry is None
         return predict_logits(model, rgb, settings.scale), None, {}
     if isinstance(settings.samples, str):
-        moments, errors = _until_known(sampler, rgb, settings, calibrator)
+        moments, errors = _until_known(sampler, rgb, settings, calibrator, sets)
     else:
         moments = sampler.moments(rgb, settings.samples, settings.seed, settings.scale, settings.pixels)
         if carry is not None:
@@ -285,7 +310,11 @@ def predict_photo(
 
 
 def _until_known(
-    sampler: Sampler, rgb: UInt8[np.ndarray, "H W 3"], settings: Settings, calibrator: Calibrator | None
+    sampler: Sampler,
+    rgb: UInt8[np.ndarray, "H W 3"],
+    settings: Settings,
+    calibrator: Calibrator | None,
+    sets: ConformalSets | None,
 ) -> tuple[Moments, dict[str, Float[np.ndarray, "H W"]]]:
     """Batches of samples until the first map is known; the standard error is that of the mean of the batches' maps."""
     H, W, names = *rgb.shape[:2], settings.maps
@@ -294,7 +323,7 @@ def _until_known(
     squares = {name: np.zeros((H, W), np.float32) for name in names}
     batches = sampler.batches(rgb, AUTO_BATCH, settings.seed, settings.scale, settings.pixels)
     for number, batch in enumerate(batches, 1):
-        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names, calibrator)[1]
+        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names, calibrator, sets)[1]
         moments.merge(batch)
         for name, map_HW in found.items():
             delta_HW = map_HW - mean[name]
@@ -314,9 +343,11 @@ def describe_photo(
     W: int,
     names: Sequence[str],
     calibrator: Calibrator | None = None,
+    sets: ConformalSets | None = None,
 ) -> tuple[UInt8[np.ndarray, "H W"], dict[str, Float[np.ndarray, "H W"]]]:
     """Labels and maps at the photo's own size, calibrated, band by band; the spread of samples is not calibrated."""
     assert moments is not None or not set(names) & set(maps_.OF_SAMPLES)
+    assert sets is not None or maps_.OF_SETS not in names
     labels_HW = np.empty((H, W), np.uint8)
     found = {name: np.empty((H, W), np.float32) for name in names}
     with torch.inference_mode():
@@ -327,6 +358,8 @@ def describe_photo(
             labels_HW[rows] = labels_RW.numpy()
             for name, map_RW in maps_RW.items():
                 found[name][rows] = map_RW.numpy()
+            if sets is not None and maps_.OF_SETS in names:
+                found[maps_.OF_SETS][rows] = sets.size_map(logits_CRW)
     return labels_HW, found
 
 
@@ -336,6 +369,7 @@ def describe_blocks(
     rgb: UInt8[np.ndarray, "H W 3"],
     settings: Settings,
     calibrator: Calibrator | None = None,
+    sets: ConformalSets | None = None,
 ) -> Iterator[tuple[slice, slice, UInt8[np.ndarray, "R W"], dict[str, Float[np.ndarray, "R W"]], Moments]]:
     """Rows, columns, labels, maps and moments of one block after another, for photos too large to hold their maps.
 
@@ -345,14 +379,19 @@ def describe_blocks(
     assert not isinstance(settings.samples, str)
     for rows, columns, moments in sampler.blocks(rgb, settings.samples, settings.seed, settings.scale, settings.pixels):
         R, W = moments.entropy_HW.shape
-        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps, calibrator)
+        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps, calibrator, sets)
         yield rows, columns, labels_RW, found, moments
 
 
 def draw_overlay(
-    rgb: UInt8[np.ndarray, "H W 3"], map_HW: Float[np.ndarray, "H W"], name: str, C: int, calibration: str = "none"
+    rgb: UInt8[np.ndarray, "H W 3"],
+    map_HW: Float[np.ndarray, "H W"],
+    name: str,
+    C: int,
+    calibration: str = "none",
+    sets: ConformalSets | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The photo under the map `name` of a model with C classes, legend below, which says how it was calibrated."""
+    """The photo under the map `name` of a model with C classes, legend below, which says how far it can be believed."""
     info = maps_.MAPS[name]
     highest = info.full_scale(C) * info.drawn_to
     return overlay_picture(
@@ -362,12 +401,14 @@ def draw_overlay(
         unit=info.unit + (f", {highest:.2g} and more drawn alike" if info.drawn_to < 1 else ""),
         sure_is=info.sure_is,
         full_scale=highest,
-        note=legend_note(name, calibration),
+        note=legend_note(name, calibration, sets),
     )
 
 
-def legend_note(name: str, calibration: str) -> str:
-    """What a legend says of the calibration of a map."""
+def legend_note(name: str, calibration: str, sets: ConformalSets | None = None) -> str:
+    """What a legend says of the calibration of a map, or of the promise that comes with it."""
+    if name == maps_.OF_SETS and sets is not None:
+        return sets.note
     if name in maps_.OF_SAMPLES:
         return SPREAD
     return NOT_CALIBRATED if calibration == "none" else f"calibrated: {calibration}"

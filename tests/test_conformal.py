@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from seguncert.conformal import BINS, KINDS, UPPER_K, Aim, ConformalSets, Losses, images_needed, risk_control
+from seguncert.conformal import BINS, KINDS, UPPER_K, Aim, ConformalSets, Losses, Sizes, images_needed, risk_control
 
 VOID = 255
 
@@ -206,6 +206,30 @@ def test_lac_alone_can_be_empty():
     assert sizes == {"lac": 1, "lac-empty": 0, "aps": 1}
 
 
+@pytest.mark.parametrize("aim", aims(5), ids=str)
+def test_mean_size_is_that_of_the_sets(aim):
+    images = [draw(seed=seed) for seed in range(12)]
+    sizes, parts = (Sizes.empty(aim, ignore_index=VOID) for _ in range(2))
+    for number, (logits, labels) in enumerate(images):
+        part = Sizes.empty(aim, ignore_index=VOID)
+        for rows in np.array_split(np.arange(len(labels)), 3):
+            sizes.update(logits[:, rows], labels[rows])
+            part.update(logits[:, rows], np.where(labels[rows] == VOID, VOID, number % 5))  # whichever class it is
+        parts.merge(part)
+    for sets in map(losses_of(aim, images).fit, (0.3, 0.1)):
+        apply = sets.mask if aim.foreground else sets.size
+        expected = np.concatenate([apply(logits)[labels != VOID] for logits, labels in images])
+        assert sizes.pixels == parts.pixels == len(expected)
+        assert sizes.mean(sets) == parts.mean(sets) == pytest.approx(expected.mean(), abs=1e-3)
+    always = ConformalSets(aim, 0.1, (math.inf,) * aim.groups, (9,) * aim.groups)
+    assert sizes.mean(always) == (1 if aim.foreground else 5)
+    assert math.isnan(Sizes.empty(aim, ignore_index=VOID).mean(always))
+    with pytest.raises(ValueError, match="merge: expected sizes with Aim"):
+        sizes.merge(Sizes.empty(aim, ignore_index=None))
+    with pytest.raises(ValueError, match="logits: expected finite numbers"):
+        sizes.update(torch.full((5, 2, 2), math.nan), np.zeros((2, 2), int))
+
+
 def test_void_pixels_and_images_without_labels_do_not_count():
     logits, labels = draw()
     other = logits.clone()
@@ -279,6 +303,19 @@ def test_promises_in_words():
     assert "share of the foreground (class 1) that is in the mask is at least 0.9;" in words(
         Aim(2, "foreground", foreground=(1,)), 45
     )
+
+
+@pytest.mark.parametrize(
+    "aim, words",
+    [
+        (Aim(2), "on average at most 10 % of the labelled pixels of an exchangeable image miss their class"),
+        (Aim(2, by_class=True), "on average at most 10 % of a class's pixels in an exchangeable image miss it"),
+        (Aim(2, covered=0.95), "with a chance of 90 % or more, at most 5 % of the labelled pixels of an exchangeable image miss their class"),
+        (Aim(2, "foreground", foreground=(1,)), "on average at most 10 % of the foreground of an exchangeable image is missed"),
+    ],
+)  # fmt: skip
+def test_promises_in_few_words(aim, words):
+    assert ConformalSets(aim, 0.1, (1.0,) * aim.groups, (9,) * aim.groups).note == words
 
 
 @pytest.mark.parametrize(

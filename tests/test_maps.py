@@ -73,6 +73,7 @@ def test_each_map_alone_equals_the_fused_one():
 def test_full_scale():
     assert maps.MAPS["entropy"].full_scale(11) == pytest.approx(2.3978952727983707)
     assert maps.MAPS["margin"].full_scale(11) == 1.0
+    assert maps.MAPS["set_size"].full_scale(11) == 10
 
 
 @pytest.mark.parametrize("names", [[], ["entropy", "entropy"], ["entropie"]])
@@ -90,6 +91,12 @@ def test_maps_of_samples_need_samples():
         match="maps: variance describe the spread of samples, .* Set a method that has: mc-dropout, sampling-free",
     ):
         maps.check_names(["variance", "confidence"])
+
+
+def test_the_map_of_sets_needs_sets():
+    maps.check_names(["set_size", "confidence"], sets=True)
+    with pytest.raises(ValueError, match="maps: set_size is of conformal sets, .* `seguncert conformal` makes them"):
+        maps.check_names(["set_size", "confidence"], sampled=True)
 
 
 def test_maps_of_samples_are_divided_by_their_bounds():

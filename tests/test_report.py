@@ -148,6 +148,23 @@ def test_the_page_says_what_it_is_without_a_script():
     assert "Calibrated: temperature 1.31." in calibrated and "Not calibrated" not in calibrated
 
 
+def test_the_page_says_what_sets_promise():
+    info = {
+        "unit": "further classes",
+        "full_scale": 2.0,
+        "sure_is": "low",
+        "title": "Set size",
+        "about": "Besides one.",
+    }
+    sets = {"sets": {"promise": "At least 0.9 of <most>; no more."}}
+    rows = [done("a") | {"set_size_mean": 0.25}]
+    both = Reader(page(rows, RUN | sets | {"maps": MAPS | {"set_size": info}}, {name: [1] * 64 for name in (*MAPS, "set_size")})).text  # fmt: skip
+    assert "Set size: At least 0.9 of <most>; no more." in both and "1 = 2 further classes" in both
+    assert "Not calibrated" in both, "which the other maps are"
+    alone = Reader(page(rows, RUN | sets | {"maps": {"set_size": info}}, {"set_size": [1] * 64})).text
+    assert "Set size: At least 0.9" in alone and "too sure" not in alone
+
+
 def test_histograms_draw_shares_on_an_absolute_scale():
     counts = [0] * 64
     counts[0], counts[63] = 100, 9900
