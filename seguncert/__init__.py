@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from seguncert.batch import Exported, export
     from seguncert.calibrating import Calibrated, calibrate
     from seguncert.calibration import Calibration, CalibrationError, load_calibration
+    from seguncert.conformal import ConformalSets
+    from seguncert.conforming import Conformed, conform
     from seguncert.evaluation import Evaluated, evaluate
     from seguncert.image import ImageError, Photo, read_image
     from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
     from seguncert.run import Result, analyse
+    from seguncert.sets import FittedSets, load_sets
     from seguncert.store import StoreError
     from seguncert.video import Carry
 
@@ -28,10 +31,13 @@ _HOMES = {
     "batch": ("Exported", "export"),
     "calibrating": ("Calibrated", "calibrate"),
     "calibration": ("Calibration", "CalibrationError", "load_calibration"),
+    "conformal": ("ConformalSets",),
+    "conforming": ("Conformed", "conform"),
     "evaluation": ("Evaluated", "evaluate"),
     "image": ("ImageError", "Photo", "read_image"),
     "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
     "run": ("Result", "analyse"),
+    "sets": ("FittedSets", "load_sets"),
     "store": ("StoreError",),
     "video": ("Carry",),
 }
@@ -41,8 +47,11 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Carry",
+    "ConformalSets",
+    "Conformed",
     "Evaluated",
     "Exported",
+    "FittedSets",
     "ImageError",
     "Model",
     "ModelError",
@@ -51,10 +60,12 @@ __all__ = [
     "StoreError",
     "analyse",
     "calibrate",
+    "conform",
     "evaluate",
     "export",
     "load_calibration",
     "load_model",
+    "load_sets",
     "read_image",
     "save_model",
     "wrap_model",

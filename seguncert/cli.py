@@ -13,7 +13,7 @@ from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
+T = TypeVar("T")
 FAILED, WRONG, STOPPED = 1, 2, 130
 
 
@@ -56,6 +57,12 @@ class Published(str, Enum):
     lts = "lts"
 
 
+class Kind(str, Enum):
+    lac = "lac"
+    aps = "aps"
+    lac_empty = "lac-empty"
+
+
 class Format(str, Enum):
     png16 = "png16"
     npy = "npy"
@@ -69,8 +76,35 @@ CalibrationOption = Annotated[
         help="auto: the one that comes with the model for this method, if any; none; or a file of `calibrate`"
     ),
 ]
+ConformalOption = Annotated[
+    str,
+    typer.Option(
+        help="of the map set_size; auto: the sets that come with the model for this method; none; or a file of `conformal`"
+    ),
+]
 ScaleOption = Annotated[str, typer.Option(help="auto (the size the model was trained at), native, or a factor")]
 DeviceOption = Annotated[Device, typer.Option(help="where the net runs")]
+# of the commands that fit something on labelled images
+LabelsArgument = Annotated[
+    Path, typer.Argument(metavar="LABELS", help="folder of PNG of class indices, named as the images")
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="OUT.json", help="file to write")]
+IgnoreOption = Annotated[
+    str | None,
+    typer.Option(metavar="N|none", help="label of pixels that do not count; none: every pixel is labelled. Required"),
+]
+ModelsOption = Annotated[
+    list[str] | None, typer.Option(help="as of export; several times with the method ensemble [default: street]")
+]
+SamplesOption = Annotated[int, typer.Option(min=2, help="of mc-dropout")]
+ViewsOption = Annotated[str | None, typer.Option(help="of tta, as of export")]
+DropPathOption = Annotated[bool, typer.Option("--drop-path", help="as of export")]
+InsertOption = Annotated[list[str] | None, typer.Option(metavar="PLACE:P", help="as of export")]
+TileOption = Annotated[str, typer.Option(help="as of export")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
+]
+MaxPixelsOption = Annotated[int, typer.Option(min=1, help="larger images are named as failed")]
 
 
 def _version(wanted: bool) -> None:
@@ -143,11 +177,13 @@ def export(
     maps: Annotated[
         str | None,
         typer.Option(
-            help="any of confidence, entropy, margin, and but for the method none mutual_information, variance, expected_entropy;"
+            help="any of confidence, entropy, margin, and but for the method none mutual_information, variance, expected_entropy,"
+            " and set_size with the sets of `conformal`;"
             " comma between; the first is drawn [default: confidence,entropy and margin, or mutual_information,variance]"
         ),
     ] = None,
     calibration: CalibrationOption = "auto",
+    conformal: ConformalOption = "auto",
     scale: ScaleOption = "auto",
     tile: Annotated[
         str, typer.Option(help="pixels a side that a net is given at once; auto: 2048, or 896 of larger pictures")
@@ -192,6 +228,7 @@ def export(
             insert_dropout=_places(insert_dropout or []),
             maps=_listed(maps),
             calibration=calibration,
+            conformal=conformal,
             scale=scale,
             tile=_number("tile", tile),
             format=format.value,
@@ -397,16 +434,9 @@ def calibrate(
     images: Annotated[
         Path, typer.Argument(metavar="IMAGES", help="folder of images that the model was not trained on")
     ],
-    labels: Annotated[
-        Path, typer.Argument(metavar="LABELS", help="folder of PNG of class indices, named as the images")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.json", help="file to write")],
-    ignore_index: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|none", help="label of pixels that do not count; none: every pixel is labelled. Required"
-        ),
-    ] = None,
+    labels: LabelsArgument,
+    out: FileArgument,
+    ignore_index: IgnoreOption = None,
     calibrator: Annotated[
         str,
         typer.Option(
@@ -423,23 +453,18 @@ def calibrate(
         typer.Option(help="net trained with --leave-out SEQUENCE: stands in for the model on images of that sequence"),
     ] = None,
     all_pixels: Annotated[bool, typer.Option("--all-pixels", help="fit on all of them, not on one of twenty")] = False,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="as of export; several times with the method ensemble [default: street]"),
-    ] = None,
+    model: ModelsOption = None,
     method: Annotated[str, typer.Option(help="as of export; each has a calibration of its own")] = "none",
-    samples: Annotated[int, typer.Option(min=2, help="of mc-dropout")] = 20,
+    samples: SamplesOption = 20,
     seed: Annotated[int, typer.Option(min=0, help="of the samples, and of the pixels that are drawn")] = 0,
-    views: Annotated[str | None, typer.Option(help="of tta, as of export")] = None,
-    drop_path: Annotated[bool, typer.Option("--drop-path", help="as of export")] = False,
-    insert_dropout: Annotated[list[str] | None, typer.Option(metavar="PLACE:P", help="as of export")] = None,
+    views: ViewsOption = None,
+    drop_path: DropPathOption = False,
+    insert_dropout: InsertOption = None,
     scale: ScaleOption = "auto",
-    tile: Annotated[str, typer.Option(help="as of export")] = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
-    ] = None,
+    tile: TileOption = "auto",
+    workers: WorkersOption = None,
     device: DeviceOption = Device.auto,
-    max_pixels: Annotated[int, typer.Option(min=1, help="larger images are named as failed")] = 100_000_000,
+    max_pixels: MaxPixelsOption = 100_000_000,
 ) -> None:
     """Fit a calibration on labelled images.
 
@@ -452,47 +477,148 @@ def calibrate(
         from seguncert.calibrating import calibrate as learn
         from seguncert.calibrating import table_of
 
-        with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
-            try:
-                result = learn(
-                    images,
-                    labels,
-                    out,
-                    names if len(names) > 1 else names[0],
-                    ignore_index=ignored,
-                    calibrator=calibrator,
-                    raters=rater or [],
-                    left_out=left_out or [],
-                    all_pixels=all_pixels,
-                    method=method,
-                    samples=samples,
-                    seed=seed,
-                    views=_listed(views),
-                    drop_path=drop_path,
-                    insert_dropout=_places(insert_dropout or []),
-                    scale=scale,
-                    tile=_number("tile", tile),
-                    workers=workers,
-                    device=device.value,
-                    max_pixels=max_pixels,
-                    progress=progress,
-                )
-            except KeyboardInterrupt:
-                err.print("stopped; nothing was written, since a fit on some images would be taken for one on all")
-                raise typer.Exit(STOPPED) from None
-        header, rows = table_of(result)
-        if rows:
-            table = Table(*header, box=None)
-            for row in rows:
-                table.add_row(*row)
-            console = Console(markup=False, highlight=False)
-            console.width = max(console.width, 110)
-            console.print(table)
-        for name, error in result.failed.items():
-            err.print(f"failed: {name}: {error}")
+        result = _fit(
+            names,
+            partial(
+                learn,
+                images,
+                labels,
+                out,
+                names if len(names) > 1 else names[0],
+                ignore_index=ignored,
+                calibrator=calibrator,
+                raters=rater or [],
+                left_out=left_out or [],
+                all_pixels=all_pixels,
+                method=method,
+                samples=samples,
+                seed=seed,
+                views=_listed(views),
+                drop_path=drop_path,
+                insert_dropout=_places(insert_dropout or []),
+                scale=scale,
+                tile=_number("tile", tile),
+                workers=workers,
+                device=device.value,
+                max_pixels=max_pixels,
+            ),
+        )
+        _say(*table_of(result), result.failed)
         err.print(result.about)
         err.print(f"calibration: {out}")
     raise typer.Exit(FAILED if result.failed else 0)
+
+
+@app.command()
+def conformal(
+    images: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGES", help="folder of images from which neither model nor calibration has learnt"),
+    ],
+    labels: LabelsArgument,
+    out: FileArgument,
+    ignore_index: IgnoreOption = None,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            help="share of an image's labelled pixels that may miss their class on average; with covered, share of images"
+        ),
+    ] = 0.1,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="lac: the shown class, and all that are probable enough; lac-empty: without the former, so that sets may be empty;"
+            " aps: by the probability of all before a class"
+        ),
+    ] = Kind.lac,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="a threshold for each class, and the promise for the pixels of each")
+    ] = False,
+    covered: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="promise that an image has at least this share of its pixels covered, with a chance of 1 - alpha",
+        ),
+    ] = None,
+    model: ModelsOption = None,
+    method: Annotated[str, typer.Option(help="as of export; each has sets of its own")] = "none",
+    samples: SamplesOption = 20,
+    seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
+    views: ViewsOption = None,
+    drop_path: DropPathOption = False,
+    insert_dropout: InsertOption = None,
+    calibration: CalibrationOption = "auto",
+    scale: ScaleOption = "auto",
+    tile: TileOption = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = Device.auto,
+    max_pixels: MaxPixelsOption = 100_000_000,
+) -> None:
+    """Fit sets of classes with a promise.
+
+    Then `export --maps set_size` takes them by --conformal OUT.json, and by itself if they lie in the model's folder as
+    conformal-METHOD.json. Exit status 1: some images failed.
+    """
+    with _one_line_errors():
+        ignored, names = _ignored(ignore_index), model or ["street"]
+        err.print(f"loading {', '.join(names)} …")
+        from seguncert.conforming import conform, table_of
+
+        result = _fit(
+            names,
+            partial(
+                conform,
+                images,
+                labels,
+                out,
+                names if len(names) > 1 else names[0],
+                ignore_index=ignored,
+                alpha=alpha,
+                kind=kind.value,
+                by_class=by_class,
+                covered=covered,
+                method=method,
+                samples=samples,
+                seed=seed,
+                views=_listed(views),
+                drop_path=drop_path,
+                insert_dropout=_places(insert_dropout or []),
+                calibration=calibration,
+                scale=scale,
+                tile=_number("tile", tile),
+                workers=workers,
+                device=device.value,
+                max_pixels=max_pixels,
+            ),
+        )
+        _say(*table_of(result), result.failed)
+        err.print(result.about)
+        err.print(f"sets: {out}")
+    raise typer.Exit(FAILED if result.failed else 0)
+
+
+def _fit(names: list[str], job: Callable[..., T]) -> T:
+    """What the job gives, with progress; a fit is whole or not at all."""
+    with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
+        try:
+            return job(progress=progress)
+        except KeyboardInterrupt:
+            err.print("stopped; nothing was written, since a fit on some images would be taken for one on all")
+            raise typer.Exit(STOPPED) from None
+
+
+def _say(header: list[str], rows: list[list[str]], failed: dict[str, str]) -> None:
+    """A table of what was fitted, if there is any, and why images failed."""
+    if rows:
+        table = Table(*header, box=None)
+        for row in rows:
+            table.add_row(*row)
+        console = Console(markup=False, highlight=False)
+        console.width = max(console.width, 110)
+        console.print(table)
+    for name, error in failed.items():
+        err.print(f"failed: {name}: {error}")
 
 
 def _ignored(text: str | None) -> int | None:
