@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from seguncert.conformal import BINS, KINDS, Aim, ImageLosses, Losses, images_needed, risk_control
+from seguncert.conformal import KINDS, Aim, ImageLosses, Losses, Sizes, images_needed, risk_control
 from seguncert.coverage import Coverage, beta_binomial_pmf, binomial_pmf, central_band
 from seguncert.image import read_image
 from seguncert.labels import IGNORED, find_pairs, read_label
@@ -136,10 +136,10 @@ def collect(
             losses_K = losses_of(aim, bands).losses_GK()[0]
             if np.isnan(losses_K[0]):
                 continue
-            sizes_K, pixels = np.zeros(BINS), sum((labels_RW != IGNORED).sum() for _, labels_RW in bands)
-            for c in aim.foreground[:1] or range(aim.C):  # scores of each class, as if it were the true one everywhere
-                as_c = [(logits, np.where(labels == IGNORED, IGNORED, c)) for logits, labels in bands]
-                sizes_K += losses_of(aim, as_c).counts_GK[0].cumsum() / pixels
+            sizes = Sizes.empty(aim, ignore_index=IGNORED)
+            for logits_CRW, labels_RW in bands:
+                sizes.update(logits_CRW, labels_RW)
+            sizes_K = sizes.counts_GK[0].cumsum() / sizes.pixels
             found[aim.kind].append((losses_K.astype(np.float32), sizes_K.astype(np.float32)))
     return {kind: Kept(*map(np.stack, zip(*rows, strict=True))) for kind, rows in found.items() if rows}
 
