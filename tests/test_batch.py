@@ -353,7 +353,7 @@ def test_listing_follows_links_once_and_leaves_out_the_output(tmp_path):
         (["IN", "OUT", "--model", "nosuch"], "no model 'nosuch': expected a bundled model"),
         (
             ["IN", "OUT", "--maps", "entropy,doubt"],
-            "mutual_information, variance, expected_entropy, each once. Received: entropy, doubt",
+            "mutual_information, variance, expected_entropy, set_size, each once. Received: entropy, doubt",
         ),
         (["IN", "OUT", "--scale", "big"], "scale: expected auto, native or a factor"),
         (["nowhere", "OUT"], "IN: expected a folder of images. Received: nowhere, which is not there"),
