@@ -29,7 +29,7 @@ def shoot(out: Path, photo: Path | None = None) -> list[Path]:
     blocks, address = launch([name], port=None, wait=False)
     made = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
+        browser: Any = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
         for look, size, scheme in (("light", WIDE, "light"), ("dark", WIDE, "dark"), ("phone", PHONE, "light")):

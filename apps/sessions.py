@@ -15,7 +15,7 @@ from pathlib import Path
 from seguncert.apps.sight import Sight
 
 IDLE = 3600.0  # seconds
-PHOTOS = 3  # of one session
+PHOTOS = 2  # of one session
 MEMORY = 3 << 30  # bytes of all photos
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 
-from seguncert.calibration import both_rows
+from seguncert.calibration import bands
 from seguncert.maps import MAPS
 from seguncert.render import PNG16_SETTINGS, doubt_ramp, doubt_tables, encode_jpeg, thumbnail
 from seguncert.run import Result, legend_note
@@ -200,10 +200,11 @@ class Sight:
     def _probabilities(self, x: int, y: int) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
         result, (H, W) = self.result, self.result.labels.shape
         with torch.inference_mode():
-            for rows, before_CRW, after_CRW in both_rows(result.calibrator, result.logits, H, W, row=y):
-                place = (slice(None), y - rows.start, x)
-                return before_CRW[place].softmax(0).numpy(), after_CRW[place].softmax(0).numpy()
-        raise AssertionError
+            held = bands(result.calibrator, result.logits, H, W)
+            band = next(band for band in held if band.rows.start <= y < band.rows.stop)
+            place = (slice(None), y - band.rows.start, x)
+            before_CRW, after_CRW = band.both(result.calibrator)
+            return before_CRW[place].softmax(0).numpy(), after_CRW[place].softmax(0).numpy()
 
     def _sentence(self, x: int, y: int, order: np.ndarray, probs_C: np.ndarray, raw_C: np.ndarray) -> str:
         result = self.result

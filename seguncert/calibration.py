@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from seguncert.kernels import ONE, compiled
-from seguncert.predict import rows_at_size
+from seguncert.predict import row_makers
 from seguncert.scores import BLOCK, ZERO, exponentials
 from seguncert.slopes import LEAST_LOG
 from seguncert.store import write_file
@@ -86,21 +86,39 @@ class Calibrator(Protocol):
         """In what the picture is unlike all that it was fitted on, in words; "" if in nothing that it looks at."""
 
 
+@dataclass(frozen=True)
+class Band:
+    """Some rows of a photo, not yet made: logits at its size, and what a calibrator wants to see of their surroundings."""
+
+    rows: slice
+    make: Callable[[], Float[Tensor, "C R W"]]
+    look: Callable[[], Float[Tensor, "F R W"]] | None = None
+
+    def both(self, calibrator: Calibrator | None) -> tuple[Float[Tensor, "C R W"], Float[Tensor, "C R W"]]:
+        """The logits, and the same after that calibrator; None changes nothing."""
+        logits_CRW = self.make()
+        if calibrator is None:
+            return logits_CRW, logits_CRW
+        return logits_CRW, calibrator(logits_CRW, self.look() if self.look else None)
+
+
+def bands(calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int) -> Iterator[Band]:
+    """The rows of a photo in bands, from the top; each can be made on any thread."""
+    seen_Fij = None if calibrator is None else calibrator.look(logits_Chw)
+    seen: Iterator[tuple[slice, Callable[[], Tensor]]] | None = None
+    for rows, make in row_makers(logits_Chw, H, W):
+        if seen_Fij is None:
+            yield Band(rows, make)
+        else:
+            seen = seen or row_makers(seen_Fij, H, W, len(seen_Fij) * W * rows.stop)  # as high as those of the logits
+            yield Band(rows, make, next(seen)[1])
+
+
 def both_rows(
     calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"], Float[Tensor, "C rows W"]]]:
-    """Logits at the size of the photo in bands of rows, as `rows_at_size` gives them, and the same calibrated."""
-    seen_Fij = None if calibrator is None else calibrator.look(logits_Chw)
-    bands: Iterator[tuple[slice, Tensor]] | None = None
-    for rows, logits_CRW in rows_at_size(logits_Chw, H, W):
-        if calibrator is None:
-            yield rows, logits_CRW, logits_CRW
-        elif seen_Fij is None:
-            yield rows, logits_CRW, calibrator(logits_CRW, None)
-        else:
-            values = len(seen_Fij) * W * rows.stop  # bands as high as those of the logits
-            bands = bands or rows_at_size(seen_Fij, H, W, values)
-            yield rows, logits_CRW, calibrator(logits_CRW, next(bands)[1])
+    """Logits at the size of the photo in bands of rows, and the same calibrated."""
+    return ((band.rows, *band.both(calibrator)) for band in bands(calibrator, logits_Chw, H, W))
 
 
 def calibrated_rows(

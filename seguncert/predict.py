@@ -7,8 +7,12 @@ softmax comes after that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -19,6 +23,8 @@ from torch import Tensor, nn
 from seguncert.backends import choose
 from seguncert.image import pad_to_divisor
 from seguncert.model import Model, ModelError, evaluating, net_logits
+
+T = TypeVar("T")
 
 
 def scale_factor(model: Model, height: int, width: int, scale: str | float = "auto") -> float:
@@ -118,6 +124,13 @@ def rows_at_size(
     The numbers of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`. Up to `whole` of them are
     made at once; beyond that each band is made by itself, of the rows it needs, columns first. `values` bounds a band.
     """
+    return ((rows, make()) for rows, make in row_makers(logits_Chw, height, width, values, whole))
+
+
+def row_makers(
+    logits_Chw: Float[Tensor, "C h w"], height: int, width: int, values: int = 1 << 18, whole: int = 1 << 24
+) -> Iterator[tuple[slice, Callable[[], Float[Tensor, "C rows W"]]]]:
+    """What `rows_at_size` gives, each band made when it is called, on any thread."""
     C, h, w = logits_Chw.shape
     rows = max(1, values // (C * width))
     if (h, w) != (height, width) and C * height * width <= whole:
@@ -127,18 +140,52 @@ def rows_at_size(
         logits_Chw = torch.from_numpy(resized_CHW)
         h, w = height, width
     if (h, w) == (height, width):
-        yield from ((band, logits_Chw[:, band]) for band in _bands(height, rows))
+        yield from ((band, partial(logits_Chw.__getitem__, (slice(None), band))) for band in _bands(height, rows))
         return
     source = ((torch.arange(height, dtype=torch.float64) + 0.5) * (h / height) - 0.5).clamp_(0, h - 1)
     upper = source.long().clamp_(max=max(0, h - 2))
     lower = (upper + 1).clamp_(max=h - 1)
     weight = (source - upper).float().view(-1, 1)
+    wide_CSW, first = torch.empty(C, 0, width), 0  # rows of the logits from `first` on, as wide as the photo
     for band in _bands(height, rows):
-        first, last = int(upper[band.start]), int(lower[band.stop - 1]) + 1
-        tall = logits_Chw[:, first:last].reshape(-1, w).numpy()  # all channels below each other: one call
-        wide = torch.from_numpy(cv2.resize(tall, (width, len(tall)), interpolation=cv2.INTER_LINEAR)).view(C, -1, width)
-        above, below = (wide.index_select(1, each[band] - first) for each in (upper, lower))
-        yield band, torch.lerp(above, below, weight[band])
+        start, stop = int(upper[band.start]), int(lower[band.stop - 1]) + 1
+        done = first + wide_CSW.shape[1]
+        wide_CSW, first, done = wide_CSW[:, start - first :], start, max(done, start)
+        if stop > done:
+            tall = logits_Chw[:, done:stop].reshape(-1, w).numpy()  # all channels below each other: one call
+            more = torch.from_numpy(cv2.resize(tall, (width, len(tall)), interpolation=cv2.INTER_LINEAR))
+            wide_CSW = torch.cat([wide_CSW, more.view(C, -1, width)], 1)
+        yield band, partial(_between, wide_CSW, upper[band] - start, lower[band] - start, weight[band])
+
+
+def _between(
+    wide_CSW: Float[Tensor, "C S W"], upper_R: Tensor, lower_R: Tensor, weight_R1: Float[Tensor, "R 1"]
+) -> Float[Tensor, "C R W"]:
+    return torch.lerp(wide_CSW.index_select(1, upper_R), wide_CSW.index_select(1, lower_R), weight_R1)
+
+
+def on_all_cores(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """Each item once, on as many threads as torch may use, a few items ahead of them; the bits do not depend on how many."""
+    count = torch.get_num_threads()
+    if count == 1:
+        with torch.inference_mode():
+            for item in items:
+                work(item)
+        return
+
+    def alone(item: T) -> None:
+        with torch.inference_mode():
+            work(item)
+
+    under_way = deque[Future[None]]()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool, torch.inference_mode():
+        for item in items:
+            under_way.append(pool.submit(alone, item))
+            if len(under_way) > 2 * count:
+                under_way.popleft().result()
+        for future in under_way:
+            future.result()
+    torch.set_num_threads(count)
 
 
 def _bands(height: int, rows: int) -> Iterator[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 
 from seguncert import maps as maps_
-from seguncert.calibration import Calibration, Calibrator, calibrated_rows, find_calibration
+from seguncert.calibration import Band, Calibration, Calibrator, bands, calibrated_rows, find_calibration
 from seguncert.conformal import ConformalSets
 from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
 from seguncert.model import Model
 from seguncert.moments import Moments
-from seguncert.predict import predict_logits, scale_factor
+from seguncert.predict import on_all_cores, predict_logits, scale_factor
 from seguncert.sets import FittedSets, find_sets
 from seguncert.tiles import LEAST, Sampler, fits
 from seguncert.video import Carry
@@ -30,6 +30,7 @@ OF_MANY = ("confidence", "entropy", "mutual_information", "variance")
 NOT_CALIBRATED, SPREAD = "not calibrated", "of the samples, before calibration"
 AUTO_BATCH, AUTO_LEAST, AUTO_MOST = 10, 4, 100  # samples at once, and how many times at least and at most
 AUTO_SHARE = 0.99  # of the pixels that must be known well enough
+Progress = Callable[[int, int], "bool | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +191,7 @@ def analyse(
     conformal: str | os.PathLike[str] | FittedSets | None = "auto",
     scale: str | float = "auto",
     tile: int | Literal["auto"] = "auto",
+    progress: Progress | None = None,
 ) -> Result:
     """Labels, probabilities and maps of one photo: a file, its bytes, or an RGB array (H, W, 3) uint8.
 
@@ -211,6 +213,8 @@ def analyse(
         conformal: likewise the sets that come with the model for this method and calibration, none, a file that
             `seguncert conformal` wrote, or what `load_sets` gives; see `seguncert.sets.find_sets` for what is refused.
         tile: pixels a side that a net is given at once; auto is 2,048, or 896 of larger pictures.
+        progress: called with the samples (or views) there are, and of how many; where it returns False no more are drawn,
+            and the result, whose note says so, is of those.
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
@@ -249,14 +253,28 @@ def analyse(
     sets = of_model.sets if of_model else None
     plain = len(models) == 1 and not settings.needs_sampler(models[0], H, W)
     sampler = None if plain else settings.sampler(models)
-    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator, sets)
+    stopped = _Stopped(progress) if progress is not None else None
+    logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator, sets, stopped)
     labels, found = describe_photo(logits, moments, H, W, settings.maps, calibrator, sets)
     strange = calibrator.unfamiliar(logits) if calibrator else ""
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
         fitted.about if fitted else "none", moments if method != "none" else None, errors,
-        "; ".join(filter(None, [photo.note, strange])), calibrator, sets,
+        "; ".join(filter(None, [photo.note, strange, stopped.note if stopped else ""])), calibrator, sets,
     )  # fmt: skip
+
+
+class _Stopped:
+    """Remembers where `progress` said to stop."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.note = progress, ""
+
+    def __call__(self, done: int, wanted: int) -> bool:
+        if self.progress(done, wanted) is not False:
+            return True
+        self.note = f"stopped after {done} of {wanted}" if done < wanted else ""
+        return False
 
 
 def identity(models: Sequence[Model]) -> dict[str, Any]:
@@ -289,6 +307,7 @@ def predict_photo(
     carry: Carry | None = None,
     calibrator: Calibrator | None = None,
     sets: ConformalSets | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[torch.Tensor, "C h w"], Moments | None, dict[str, Float[np.ndarray, "H W"]]]:
     """Logits of the predictive distribution, the samples' moments where there is a sampler, and Monte-Carlo errors.
 
@@ -298,9 +317,10 @@ def predict_photo(
         assert carry is None
         return predict_logits(model, rgb, settings.scale), None, {}
     if isinstance(settings.samples, str):
-        moments, errors = _until_known(sampler, rgb, settings, calibrator, sets)
+        moments, errors = _until_known(sampler, rgb, settings, calibrator, sets, progress)
     else:
-        moments = sampler.moments(rgb, settings.samples, settings.seed, settings.scale, settings.pixels)
+        how = (rgb, settings.samples, settings.seed, settings.scale, settings.pixels)
+        moments = sampler.moments(*how) if progress is None else _told(sampler.steps(*how), progress)
         if carry is not None:
             moments = carry.blend(rgb, moments)
         known = "confidence" in settings.maps and sampler.drawn and sampler.alike and carry is None
@@ -309,12 +329,22 @@ def predict_photo(
     return moments.log_mean_CHW(), moments, errors
 
 
+def _told(steps: Iterator[tuple[int, int, Moments]], progress: Progress) -> Moments:
+    """Steps merged until all are there, or `progress` says to stop."""
+    done, wanted, moments = next(steps)
+    while progress(done, wanted) is not False and (step := next(steps, None)) is not None:
+        done, wanted, more = step
+        moments.merge(more)
+    return moments
+
+
 def _until_known(
     sampler: Sampler,
     rgb: UInt8[np.ndarray, "H W 3"],
     settings: Settings,
     calibrator: Calibrator | None,
     sets: ConformalSets | None,
+    progress: Progress | None,
 ) -> tuple[Moments, dict[str, Float[np.ndarray, "H W"]]]:
     """Batches of samples until the first map is known; the standard error is that of the mean of the batches' maps."""
     H, W, names = *rgb.shape[:2], settings.maps
@@ -333,6 +363,8 @@ def _until_known(
             error_HW = np.sqrt(squares[names[0]] / (number * (number - 1)))
             if np.quantile(error_HW, AUTO_SHARE) <= settings.max_error or number == AUTO_MOST:
                 break
+        if progress is not None and progress(number * AUTO_BATCH, AUTO_MOST * AUTO_BATCH) is False and number > 1:
+            break
     return moments, {name: np.sqrt(each / (number * (number - 1))) for name, each in squares.items()}
 
 
@@ -350,16 +382,19 @@ def describe_photo(
     assert sets is not None or maps_.OF_SETS not in names
     labels_HW = np.empty((H, W), np.uint8)
     found = {name: np.empty((H, W), np.float32) for name in names}
-    with torch.inference_mode():
-        for rows, logits_CRW in calibrated_rows(calibrator, logits, H, W):
-            labels_RW, maps_RW = maps_.describe(logits_CRW, names)
-            if moments is not None:
-                maps_RW |= maps_.describe_spread(moments.at(rows), names)
-            labels_HW[rows] = labels_RW.numpy()
-            for name, map_RW in maps_RW.items():
-                found[name][rows] = map_RW.numpy()
-            if sets is not None and maps_.OF_SETS in names:
-                found[maps_.OF_SETS][rows] = sets.size_map(logits_CRW)
+
+    def describe(band: Band) -> None:
+        rows, (_, logits_CRW) = band.rows, band.both(calibrator)
+        labels_RW, maps_RW = maps_.describe(logits_CRW, names)
+        if moments is not None:
+            maps_RW |= maps_.describe_spread(moments.at(rows), names)
+        labels_HW[rows] = labels_RW.numpy()
+        for name, map_RW in maps_RW.items():
+            found[name][rows] = map_RW.numpy()
+        if sets is not None and maps_.OF_SETS in names:
+            found[maps_.OF_SETS][rows] = sets.size_map(logits_CRW)
+
+    on_all_cores(describe, bands(calibrator, logits, H, W))
     return labels_HW, found
 
 

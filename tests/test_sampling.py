@@ -414,3 +414,27 @@ def test_a_copy_of_a_net_made_in_inference_mode(photo):
     with torch.inference_mode():
         model = wrap(copy.deepcopy(unet()))
     assert DropoutSampler(model).moments(photo, 2).n == 2
+
+
+def test_progress_tells_of_samples_and_can_stop(photo):
+    told, model = [], wrap(unet())
+    whole = seguncert.analyse(model, photo, method="mc-dropout", samples=7)
+    told_of = seguncert.analyse(
+        model, photo, method="mc-dropout", samples=7, progress=lambda done, wanted: told.append((done, wanted))
+    )
+    assert told == [(2, 7), (4, 7), (6, 7), (7, 7)] and told_of.note == whole.note
+    assert np.abs(whole.probabilities - told_of.probabilities).max() < 1e-6
+    part = seguncert.analyse(model, photo, method="mc-dropout", samples=7, progress=lambda done, wanted: done < 3)
+    four = seguncert.analyse(model, photo, method="mc-dropout", samples=4)
+    assert part.moments.n == 4 and part.note.endswith("stopped after 4 of 7")
+    assert np.abs(part.probabilities - four.probabilities).max() < 1e-6
+
+
+def test_progress_tells_of_views(photo):
+    told, model = [], wrap(unet())
+    whole = seguncert.analyse(model, photo, method="tta", views=["flip", "0.8"])
+    told_of = seguncert.analyse(
+        model, photo, method="tta", views=["flip", "0.8"], progress=lambda done, wanted: told.append((done, wanted))
+    )
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert np.abs(whole.probabilities - told_of.probabilities).max() < 1e-6
