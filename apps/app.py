@@ -20,7 +20,7 @@ from seguncert.apps.labels_tab import labels_tab
 from seguncert.apps.place import PLACE, clean, gr
 from seguncert.apps.samples import write_samples
 from seguncert.apps.sessions import Forgotten, Sessions
-from seguncert.apps.sight import SAMPLES, Sight, settings
+from seguncert.apps.sight import SAMPLES, Sight, settings, with_sets
 from seguncert.apps.uploads import photo_input
 from seguncert.image import read_image
 from seguncert.maps import OF_SAMPLES, OF_SOFTMAX
@@ -93,7 +93,7 @@ class Page:
             result = analyse(
                 self.models(model, method), read.rgb, maps=maps, progress=tell, **settings(method, samples, calibrated)
             )
-            result = replace(result, note="; ".join(filter(None, [read.note, result.note])))
+            result = replace(with_sets(result), note="; ".join(filter(None, [read.note, result.note])))
             sight = Sight(Path(photo).name, result, time.perf_counter() - started)
             self.sessions.keep(session, sight)
             return sight

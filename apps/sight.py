@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 
-from seguncert.calibration import bands
-from seguncert.maps import MAPS
+from seguncert.calibration import bands, calibrated_rows
+from seguncert.maps import MAPS, OF_SETS
 from seguncert.render import PNG16_SETTINGS, doubt_ramp, doubt_tables, encode_jpeg, thumbnail
 from seguncert.run import Result, legend_note
 
@@ -41,6 +41,17 @@ def settings(method: str, samples: Any, calibrated: bool) -> dict[str, Any]:
     if not isinstance(samples, (int, float)) or not SAMPLES[0] <= samples <= SAMPLES[1]:
         raise ValueError(f"samples: expected {SAMPLES[0]} to {SAMPLES[1]}. Received: {samples!r}")
     return chosen | {"samples": int(samples)}
+
+
+def with_sets(result: Result) -> Result:
+    """The result with the map of the sizes of its conformal sets, where it has sets."""
+    if result.conformal is None or result.conformal.aim.kind == "foreground":
+        return result
+    H, W = result.labels.shape
+    size_HW = np.empty((H, W), np.float32)
+    for rows, logits_CRW in calibrated_rows(result.calibrator, result.logits, H, W):
+        size_HW[rows] = result.conformal.size_map(logits_CRW)
+    return replace(result, maps=result.maps | {OF_SETS: size_HW})
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +119,7 @@ class Sight:
         return {
             "name": name, "title": info.title, "unit": info.unit, "about": info.about, "sure_is": info.sure_is,
             "highest": info.full_scale(C) * info.drawn_to, "cut": info.drawn_to < 1,
-            "note": legend_note(name, self.result.calibration),
+            "note": legend_note(name, self.result.calibration, self.result.conformal),
             "picture": _png(levels_hw),
             "table": np.concatenate([weights[:, :1], grey[:, :1], colour], 1).ravel().tolist(),  # of each level: photo, grey, R G B
             "ramp": doubt_ramp(info.sure_is).tolist(),
@@ -171,13 +182,15 @@ class Sight:
     def pixel(self, x: int, y: int) -> dict[str, Any]:
         """Column `x`, row `y` of the photo: its classes with probabilities before and after calibration, and a sentence.
 
-        `spread` is the standard deviation of the samples, before calibration; `maps` the values of all maps in [0, 1].
+        `spread` is the standard deviation of the samples, before calibration; `maps` the values of all maps in [0, 1];
+        `set` the classes of the conformal set, where there is one.
         Raises ValueError for a place outside.
         """
         result, (H, W) = self.result, self.result.labels.shape
         if not (0 <= x < W and 0 <= y < H):
             raise ValueError(f"pixel: expected x in 0 to {W - 1}, y in 0 to {H - 1}. Received: {x}, {y}")
-        raw_C, probs_C = self._probabilities(x, y)
+        before_C11, after_C11 = self._logits(x, y)
+        raw_C, probs_C = (logits_C11.softmax(0).flatten().numpy() for logits_C11 in (before_C11, after_C11))
         moments = result.moments if result.moments is not None and result.moments.n > 1 else None
         spread_C = None
         if moments is not None:
@@ -195,16 +208,24 @@ class Sight:
             ],
             "maps": {name: float(map_HW[y, x]) for name, map_HW in result.maps.items()},
             "sentence": self._sentence(x, y, order, probs_C, raw_C),
+            **self._set(after_C11),
         }  # fmt: skip
 
-    def _probabilities(self, x: int, y: int) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    def _logits(self, x: int, y: int) -> tuple[Float[torch.Tensor, "C 1 1"], Float[torch.Tensor, "C 1 1"]]:
+        """Of one pixel, before and after calibration."""
         result, (H, W) = self.result, self.result.labels.shape
         with torch.inference_mode():
             held = bands(result.calibrator, result.logits, H, W)
             band = next(band for band in held if band.rows.start <= y < band.rows.stop)
-            place = (slice(None), y - band.rows.start, x)
+            row, column = y - band.rows.start, slice(x, x + 1)
             before_CRW, after_CRW = band.both(result.calibrator)
-            return before_CRW[place].softmax(0).numpy(), after_CRW[place].softmax(0).numpy()
+            return before_CRW[:, row : row + 1, column], after_CRW[:, row : row + 1, column]
+
+    def _set(self, after_C11: Float[torch.Tensor, "C 1 1"]) -> dict[str, Any]:
+        if OF_SETS not in self.result.maps or self.result.conformal is None:
+            return {}
+        inside_C = self.result.conformal.members(after_C11)[:, 0, 0]
+        return {"set": [name for name, inside in zip(self.result.classes, inside_C, strict=True) if inside]}
 
     def _sentence(self, x: int, y: int, order: np.ndarray, probs_C: np.ndarray, raw_C: np.ndarray) -> str:
         result = self.result

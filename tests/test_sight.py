@@ -1,6 +1,7 @@
 """What the page says of one photo, held against the arrays of `analyse`."""
 
 import base64
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 import seguncert
 from seguncert.apps import sight as sight_
-from seguncert.apps.sight import Sight, settings
+from seguncert.apps.sight import Sight, settings, with_sets
+from seguncert.conformal import Aim, ConformalSets
 from seguncert.render import overlay_doubt
 
 
@@ -142,6 +144,21 @@ def test_a_photo_counts_what_it_holds(sight):
     result, pixels = sight.result, 72 * 96
     held = pixels * (3 + 8 + 4 * len(result.maps) + 4 * len(result.errors)) + 4 * result.logits.numel()
     assert sight.bytes == held + (4 * 23 * pixels if result.moments is not None else 0)
+
+
+def test_sets_of_classes_are_a_map_and_a_list(street, photo):
+    result = seguncert.analyse(street, photo, conformal="none")
+    assert with_sets(result) is result
+    sets = ConformalSets(Aim(11), 0.1, (4.0,), (50,))  # lac: classes of at least 1 in 5
+    sight = Sight("photo", with_sets(replace(result, conformal=sets)), 0.1)
+    inside = (result.probabilities >= 0.2) | (np.arange(11)[:, None, None] == result.labels)
+    assert np.allclose(sight.result.maps["set_size"], (inside.sum(0) - 1) / 10, atol=1e-6) and inside.sum(0).max() > 1
+    y, x = np.argwhere(inside.sum(0) > 1)[0].tolist()
+    assert sight.pixel(x, y)["set"] == [
+        name for name, held in zip(result.classes, inside[:, y, x], strict=True) if held
+    ]
+    told = next(each for each in sight.payload()["maps"] if each["name"] == "set_size")
+    assert told["highest"] == 10 and "10 %" in told["note"]
 
 
 def test_settings_of_the_page():

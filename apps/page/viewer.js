@@ -214,7 +214,8 @@ function read(answer) {
   const values = make("div", "sg-values");
   for (const map of seen.maps) if (map.name in answer.maps) values.append(make("span", "", `${map.title.toLowerCase()} ${answer.maps[map.name].toFixed(3)}`));
   const key = [answer.calibrated ? "upright line: the net by itself" : "", answer.classes[0].spread !== undefined ? "flat line: ± one standard deviation of the samples" : ""].filter(Boolean).join("; ");
-  box.replaceChildren(make("p", "sg-soft", `column ${answer.x}, row ${answer.y}`), make("p", "", answer.sentence), bars, make("p", "sg-soft", key), values);
+  const set = answer.set ? [make("p", "", `Its set: ${answer.set.join(", ") || "empty"}.`)] : [];
+  box.replaceChildren(make("p", "sg-soft", `column ${answer.x}, row ${answer.y}`), make("p", "", answer.sentence), ...set, bars, make("p", "sg-soft", key), values);
   root.dataset.read = `${answer.x},${answer.y}`;
 }
 
