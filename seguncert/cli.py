@@ -261,6 +261,10 @@ def evaluate(
             metavar="N|none", help="label of pixels that do not count; none: every pixel is labelled. Required"
         ),
     ] = None,
+    rater: Annotated[
+        list[Path] | None,
+        typer.Option(help="labels of the same images by one more rater; judged is against the distribution of all"),
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="as of export; several times with the method ensemble [default: street]"),
@@ -323,6 +327,7 @@ def evaluate(
                     out,
                     names if len(names) > 1 else names[0],
                     ignore_index=ignored,
+                    raters=rater or [],
                     boundary=boundary,
                     replicates=replicates,
                     protocol=None if protocol is None else protocol.value,

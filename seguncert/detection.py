@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Real, UInt8
 
 from seguncert.kernels import compiled
 
@@ -51,14 +51,16 @@ class Detection:
         """Of no pixel."""
         return cls(np.zeros((2, BINS), np.int64), np.full(BINS, EMPTY))
 
-    def update(self, doubt: Float32[np.ndarray, "*n"], outcome: UInt8[np.ndarray, "*n"], name: str = "doubt") -> None:
-        """Add pixels with `doubt` in [0, 1] that came out `RIGHT` or `WRONG`; those that are `VOID` do not count.
+    def update(
+        self, doubt: Float32[np.ndarray, "*n"], outcome: UInt8[np.ndarray, "*n"], name: str = "doubt", weight: int = 1
+    ) -> None:
+        """Add pixels with `doubt` in [0, 1] that came out `RIGHT` or `WRONG`, `weight` times; those that are `VOID` do not count.
 
         Raises ValueError for another shape, NaN or a value outside [0, 1]; `name` says whose, and the sums are of no
         use then.
         """
         check_shape(name, doubt.shape, outcome.shape)
-        if _count(doubt.ravel(), outcome.ravel(), self.counts_2K, self.only_K):
+        if _count(doubt.ravel(), outcome.ravel(), weight, self.counts_2K, self.only_K):
             wrong = doubt[~((doubt >= -ROUNDING) & (doubt <= 1 + ROUNDING))]
             raise ValueError(
                 f"{name}: expected values in [0, 1]. Received: {wrong.size} outside it, the first is {wrong[0]}."
@@ -75,9 +77,10 @@ class Detection:
         """Bins whose pixels all have the same doubt."""
         return self.only_K != MIXED
 
-    def compute(self) -> dict[str, np.ndarray]:
-        """See `figures`."""
-        return figures(self.counts_2K[RIGHT], self.counts_2K[WRONG], self.tie_K())
+    def compute(self, unit: int = 1) -> dict[str, np.ndarray]:
+        """See `figures`; each pixel was added `unit` times, right and wrong ones together."""
+        right_K, wrong_K = self.counts_2K / unit
+        return figures(right_K, wrong_K, self.tie_K())
 
     def coarse(self) -> tuple[Int64[np.ndarray, "2 J"], Bool[np.ndarray, " J"]]:
         """Counts and ties over 16 bins an octave, each the sum of 64."""
@@ -152,7 +155,7 @@ class AccuracyUncertainty:
 
 
 def figures(
-    right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"]
+    right_K: Real[np.ndarray, "*B K"], wrong_K: Real[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"]
 ) -> dict[str, Any]:
     """How well doubt finds errors, all in [0, 1], for histograms in order of doubt.
 
@@ -179,7 +182,7 @@ def figures(
     }
 
 
-def auroc(right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"]) -> Any:
+def auroc(right_K: Real[np.ndarray, "*B K"], wrong_K: Real[np.ndarray, "*B K"]) -> Any:
     """Probability that a wrong pixel has more doubt than a right one, ties half.
 
     >>> float(auroc(np.array([2, 1, 0]), np.array([0, 1, 1])))
@@ -190,7 +193,7 @@ def auroc(right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"]
 
 
 def average_precision(
-    right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"]
+    right_K: Real[np.ndarray, "*B K"], wrong_K: Real[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"]
 ) -> Any:
     """Mean over wrong pixels of the precision where each is found, from the most doubtful down.
 
@@ -209,7 +212,7 @@ def average_precision(
 
 
 def false_positive_rate(
-    right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"], found: float
+    right_K: Real[np.ndarray, "*B K"], wrong_K: Real[np.ndarray, "*B K"], tie_K: Bool[np.ndarray, " K"], found: float
 ) -> Any:
     """Share of right pixels among those flagged when, from the most doubtful down, the share `found` of errors is.
 
@@ -227,7 +230,7 @@ def false_positive_rate(
     return ratio(np.where(found_K[..., -1] > 0, flagged, np.nan), false_K[..., -1])
 
 
-def area_under_risk_coverage(right_K: Int64[np.ndarray, "*B K"], wrong_K: Int64[np.ndarray, "*B K"]) -> Any:
+def area_under_risk_coverage(right_K: Real[np.ndarray, "*B K"], wrong_K: Real[np.ndarray, "*B K"]) -> Any:
     """Mean over i of the error rate among the i surest pixels, each bin in random order; exact for ties.
 
     After n₀ pixels with e₀ errors, n pixels with w add Σⱼ (e₀ + j w/n) / (n₀ + j) = w + (e₀ − n₀ w/n) Σⱼ 1/(n₀ + j).
@@ -294,7 +297,7 @@ def _bin_of(doubt):
 
 
 @compiled
-def _count(doubt_N, outcome_N, counts_2K, only_K):
+def _count(doubt_N, outcome_N, weight, counts_2K, only_K):
     """Add pixels to the histograms; the number of values outside [0, 1], at the first of which it stops."""
     low, high = np.float32(-ROUNDING), np.float32(1 + ROUNDING)
     for i in range(len(doubt_N)):
@@ -307,7 +310,7 @@ def _count(doubt_N, outcome_N, counts_2K, only_K):
         doubt = min(doubt, np.float32(1))
         k = _bin_of(doubt)
         bits = np.float32(doubt).view(np.int32) if k else np.int32(0)
-        counts_2K[outcome, k] += 1
+        counts_2K[outcome, k] += weight
         only = only_K[k]
         if only != MIXED and only != bits:
             only_K[k] = bits if only == EMPTY else MIXED

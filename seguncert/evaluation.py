@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +26,7 @@ from seguncert.corruptions import check_names
 from seguncert.findings import check_out, write_findings
 from seguncert.image import LARGE, MAX_BYTES, MAX_PIXELS, ImageError, read_image
 from seguncert.job import PIXELS, Job, available_cores
-from seguncert.labels import IGNORED, find_labels, read_label
+from seguncert.labels import IGNORED, find_labels, read_label, read_labels
 from seguncert.model import Model, ModelError, evaluating
 from seguncert.moments import Moments
 from seguncert.predict import rows_at_size, scale_factor
@@ -60,6 +60,7 @@ def evaluate(
     model: Model | Sequence[Model] | Spec = "street",
     *,
     ignore_index: int | None,
+    raters: Sequence[str | os.PathLike[str]] = (),
     calibration: str | os.PathLike[str] | Calibration | None = "auto",
     boundary: int = 3,
     replicates: int = 200,
@@ -93,6 +94,8 @@ def evaluate(
     Args:
         labels: folder of 8- or 16-bit PNG of class indices, each of its image's relative path without suffix.
         ignore_index: label of pixels that do not count; None declares that there are none.
+        raters: more folders of labels of the same images. A pixel's target is the distribution of what the raters say who
+            labelled it, and each figure the mean over them; see `Scores.update_raters`.
         calibration: as in `seguncert.analyse`; figures from before it are made too.
         boundary: width in pixels of the band along boundaries between classes, on either side.
         replicates: of the bootstrap over `seguncert.clusters`, drawn from `seed`.
@@ -108,7 +111,7 @@ def evaluate(
         StoreError: `out` cannot be written, or holds other files.
         ValueError: a setting is wrong, there is no image with a label, or no pixel counts.
     """
-    images, labels, out = Path(images), Path(labels), Path(out)
+    images, folders, out = Path(images), [Path(each) for each in (labels, *raters)], Path(out)
     drawn_seed = seed if "mc-dropout" in maps_.parse_method(method) else Settings.seed
     settings = Settings(
         method, samples, drawn_seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
@@ -119,10 +122,12 @@ def evaluate(
             raise ValueError(f"{name}: expected {least} or more. Received: {value}")
     if protocol not in (None, *PROTOCOLS):
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, or none. Received: {protocol!r}")
+    if protocol is not None and raters:
+        raise ValueError(f"protocol {protocol}: expected labels of one rater. Received: those of {len(folders)}")
     names = () if corruptions is None else check_names(corruptions)
     if names and carry is not None:
         raise ValueError(f"corruptions: expected photos by themselves, without carry. Received: carry {carry}")
-    paths, of_image = _files(images, labels, out)
+    paths, of_image = _files(images, folders, out)
     models, _ = load_models(model, device, insert_dropout or {}, method)
     scale_factor(models[0], 1, 1, scale)
     workers = 1 if carry is not None else workers or min(available_cores(), 16)
@@ -133,13 +138,13 @@ def evaluate(
         precision=precision, calibration=fitted,
     )  # fmt: skip
     net, sampler, engine = job.engine(models, workers)
-    labelled = [path for path in paths if Path(path).with_suffix("") in of_image]
+    labelled = [path for path in paths if all(Path(path).with_suffix("") in each for each in of_image)]
     stages = 1 if calibrator is None else 2
     photos = frozenset(evenly(labelled, corrupted))
-    shift = Shift(names, photos, len(labelled), len(net.classes), stages, replicates, seed)
+    shift = Shift(names, photos, len(labelled), len(net.classes), stages, replicates, seed, len(folders))
     tally = Tally.empty(
         net.classes, settings.maps, find_clusters(paths), calibrated=calibrator is not None, published=protocol == "lts",
-        replicates=replicates, seed=seed, shift=shift if names else None,
+        replicates=replicates, seed=seed, shift=shift if names else None, raters=len(folders),
     )  # fmt: skip
     judge = _Judge(job, net, sampler, of_image, ignore_index, boundary, calibrator, tally)
     threads = torch.get_num_threads(), cv2.getNumThreads()
@@ -158,30 +163,33 @@ def evaluate(
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
     run = job.run_json(models, sampler, engine) | {
-        "labels": str(labels.resolve()), "ignore_index": ignore_index, "boundary": boundary, "replicates": replicates,
-        "seed": seed, "protocol": protocol,
+        "labels": str(folders[0].resolve()), "more_labels": [str(each.resolve()) for each in folders[1:]],
+        "ignore_index": ignore_index, "boundary": boundary, "replicates": replicates, "seed": seed, "protocol": protocol,
     }  # fmt: skip
     return Evaluated(out, tally.done, tally.failed, write_findings(tally, run, out))
 
 
-def _files(images: Path, labels: Path, out: Path) -> tuple[list[str], dict[Path, Path]]:
-    """Relative paths of the images, and label files by path without suffix; ValueError where the folders do not go together."""
-    for name, folder in (("IMAGES", images), ("LABELS", labels)):
+def _files(images: Path, labels: list[Path], out: Path) -> tuple[list[str], list[dict[Path, Path]]]:
+    """Relative paths of the images, and each rater's label files by path without suffix; ValueError where the folders do not
+    go together."""
+    named = list(zip(("LABELS", *["rater"] * (len(labels) - 1)), labels, strict=True))
+    for name, folder in [("IMAGES", images), *named]:
         if not folder.is_dir():
             raise ValueError(
                 f"{name}: expected a folder. Received: {folder}, which is {'a file' if folder.exists() else 'not there'}"
             )
-    if images.resolve() == labels.resolve():
-        raise ValueError(f"LABELS: expected another folder than IMAGES. Received: {labels} for both")
-    if out.resolve() in (images.resolve(), labels.resolve()):
-        raise ValueError(f"OUT: expected a folder of its own. Received: {out}, which holds images or labels")
+        if name != "IMAGES" and images.resolve() == folder.resolve():
+            raise ValueError(f"{name}: expected another folder than IMAGES. Received: {folder} for both")
+        if out.resolve() == folder.resolve():
+            raise ValueError(f"OUT: expected a folder of its own. Received: {out}, which holds images or labels")
     check_out(out)
-    paths, of_image = list_images(images, out)[0], find_labels(labels)
-    if not any(Path(path).with_suffix("") in of_image for path in paths):
-        raise ValueError(
-            f"expected images in {images} and PNG of the same names in {labels}. Received: {len(paths)} images,"
-            f" {len(of_image)} PNG, and no pair among them"
-        )
+    paths, of_image = list_images(images, out)[0], [find_labels(folder) for folder in labels]
+    for folder, found in zip(labels, of_image, strict=True):
+        if not any(Path(path).with_suffix("") in found for path in paths):
+            raise ValueError(
+                f"expected images in {images} and PNG of the same names in {folder}. Received: {len(paths)} images,"
+                f" {len(found)} PNG, and no pair among them"
+            )
     return paths, of_image
 
 
@@ -192,7 +200,7 @@ class _Judge:
     job: Job
     model: Model
     sampler: Sampler | None
-    labels: Mapping[Path, Path]
+    labels: Sequence[Mapping[Path, Path]]  # of each rater
     ignore_index: int | None
     boundary: int
     calibration: Calibrator | None
@@ -225,18 +233,15 @@ class _Judge:
 
     def _judge(self, path: str, number: int, past: Carry | None) -> Judged:
         model, settings, C = self.model, self.job.settings, len(self.model.classes)
-        label = self.labels.get(Path(path).with_suffix(""))
-        if label is None:
-            raise ValueError("no label: there is no PNG of the same relative path without suffix")
-        labels_HW = read_label(label, C, self.ignore_index)
+        files = [each[stem] for each in self.labels if (stem := Path(path).with_suffix("")) in each]
+        if len(files) < len(self.labels):
+            of = f" by {len(self.labels) - len(files)} of {len(self.labels)} raters" if self.labels[1:] else ""
+            raise ValueError(f"no label{of}: there is no PNG of the same relative path without suffix")
         photo = read_image(
             self.job.source / path, max_pixels=self.job.max_pixels, max_bytes=max(MAX_BYTES, 8 * self.job.max_pixels)
         )
         H, W = photo.rgb.shape[:2]
-        if labels_HW.shape != (H, W):
-            raise ValueError(
-                f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}"
-            )
+        labels_KHW = read_labels(files, C, self.ignore_index, H, W)
         most = min(LARGE, MOST // moments_bytes(C, 1, 1))
         if most < H * W:
             raise ValueError(
@@ -248,9 +253,9 @@ class _Judge:
                 sampler = settings.sampler([model])
             logits, moments, _ = predict_photo(model, sampler, photo.rgb, settings, past)
             with torch.inference_mode():
-                parts, shown_HW, confidence_HW = self._score(logits, moments, labels_HW, number)
-                shifted = self._shifted(path, photo.rgb, labels_HW, parts, sampler)
-            pictures = self._pictures(parts, photo.rgb, shown_HW, labels_HW, confidence_HW)
+                parts, shown_HW, confidence_HW = self._score(logits, moments, labels_KHW, number)
+                shifted = self._shifted(path, photo.rgb, labels_KHW, parts, sampler)
+            pictures = self._pictures(parts, photo.rgb, shown_HW, labels_KHW, confidence_HW)
         strange = self.calibration.unfamiliar(logits) if self.calibration else ""
         note = "; ".join(filter(None, [photo.note, strange]))
         row = {"path": path, "status": "ok", "error": "", "note": note, "height": H, "width": W}
@@ -260,13 +265,14 @@ class _Judge:
         self,
         logits_Chw: Float[Tensor, "C h w"],
         moments: Moments | None,
-        labels_HW: UInt8[np.ndarray, "H W"],
+        labels_KHW: UInt8[np.ndarray, "K H W"],
         number: int,
     ) -> tuple[tuple[Part, ...], UInt8[np.ndarray, "H W"], Float32[np.ndarray, "H W"]]:
         """Sums of the image after calibration and before it, and what is shown after it, band by band."""
-        H, W = labels_HW.shape
+        H, W = labels_KHW.shape[1:]
         stages, names = self.tally.stages, self.job.settings.maps
-        band_HW = boundary_band(labels_HW, self.boundary, ignore_index=IGNORED)
+        bands = [boundary_band(each_HW, self.boundary, ignore_index=IGNORED) for each_HW in labels_KHW]
+        band_HW = np.logical_or.reduce(bands)
         scores = [stage.evaluation.begin() for stage in stages]
         shown = [(np.empty((H, W), np.uint8), np.empty((H, W), np.float32)) for _ in stages]
         for rows, versions in self._bands(logits_Chw, H, W):
@@ -274,9 +280,11 @@ class _Judge:
             for each_CRW, sums, (shown_HW, confidence_HW) in zip(versions, scores, shown, strict=True):
                 labels_RW, maps_RW = maps_.describe(each_CRW, {"confidence", *names})
                 shown_HW[rows], confidence_HW[rows] = labels_RW, maps_RW.pop("confidence")
-                sums.update(each_CRW, labels_HW[rows], maps_RW | spread, band_HW[rows])
+                sums.update(each_CRW, labels_KHW[:, rows], maps_RW | spread, band_HW[rows])
         parts = tuple(
-            Part(sums, None if stage.published is None else image_errors(confidence_HW, shown_HW, labels_HW, number))
+            Part(
+                sums, None if stage.published is None else image_errors(confidence_HW, shown_HW, labels_KHW[0], number)
+            )
             for stage, sums, (shown_HW, confidence_HW) in zip(stages, scores, shown, strict=True)
         )
         return parts, *shown[0]
@@ -285,7 +293,7 @@ class _Judge:
         self,
         path: str,
         rgb: UInt8[np.ndarray, "H W 3"],
-        labels_HW: UInt8[np.ndarray, "H W"],
+        labels_KHW: UInt8[np.ndarray, "K H W"],
         parts: tuple[Part, ...],
         sampler: Sampler | None,
     ) -> Shifted | None:
@@ -298,7 +306,7 @@ class _Judge:
             logits, _, _ = predict_photo(self.model, sampler, worse, self.job.settings)
             return self._bands(logits, *rgb.shape[:2])
 
-        return shift.judge(path, rgb, labels_HW, [part.scores.scores for part in parts], predict)
+        return shift.judge(path, rgb, labels_KHW, [part.scores.scores for part in parts], predict)
 
     def _bands(
         self, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
@@ -312,12 +320,14 @@ class _Judge:
         parts: tuple[Part, ...],
         rgb: np.ndarray,
         shown_HW: np.ndarray,
-        labels_HW: np.ndarray,
+        labels_KHW: np.ndarray,
         confidence_HW: np.ndarray,
     ) -> dict[str, bytes] | None:
+        """Errors are drawn by the first rater who labelled the pixel."""
         if not self.tally.worst.wants(overconfidence(parts[0].scores.scores)):
             return None
-        return draw_pictures(rgb, shown_HW, labels_HW, confidence_HW, self.model.colours, IGNORED)
+        first_HW = reduce(lambda first, next: np.where(first == IGNORED, next, first), labels_KHW)
+        return draw_pictures(rgb, shown_HW, first_HW, confidence_HW, self.model.colours, IGNORED)
 
 
 def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:

@@ -65,6 +65,13 @@ SHIFTED = (
     ("ece", "ECE", SHARE, 3),
     ("nll", "NLL", NATS, 3),
 )
+RATERS = (
+    "{} raters: the target of a pixel is the distribution of what they say who labelled it. Every figure is the mean over a rater drawn"
+    " for each pixel: for accuracy, reliability and the finding of errors a pixel is right by the share who name the shown class, IoU"
+    " is of confusion counts of such shares, NLL is the cross-entropy with them; only the Brier score is the squared distance from the"
+    " shares themselves. Where raters differ no model reaches an accuracy of 1 or an NLL of 0. A boundary is one of any rater; pictures"
+    " of errors go by the first who labelled the pixel."
+)
 OF_MAPS = ("error_auroc", "error_ap", "error_fpr95", "aurc", "e_aurc", "ause")
 
 
@@ -96,12 +103,14 @@ def write_findings(tally: Tally, run: dict[str, Any], out: Path) -> dict[str, An
 def protocol(tally: Tally, run: dict[str, Any]) -> dict[str, Any]:
     """All that the figures depend on."""
     left_out = (
-        "input", "labels", "format", "maps", "model", "errors", "ignore_index", "boundary", "replicates", "seed", "protocol",
+        "input", "labels", "more_labels", "format", "maps", "model", "errors", "ignore_index", "boundary", "replicates", "seed", "protocol",
     )  # fmt: skip
+    raters = tally.now.evaluation.raters
     return {
         "images": tally.done, "failed": tally.failed, **{key: run[key] for key in ("input", "labels", "ignore_index")},
         "ignored": "no pixel: every one was declared to be labelled" if run["ignore_index"] is None else "pixels of the ignore index",
         "pixels": "all labelled pixels of all images are pooled, at the size of the images; *_image_mean weighs images alike",
+        "raters": raters, **({"more_labels": run["more_labels"], "target": RATERS.format(raters)} if raters > 1 else {}),
         "bins": f"{M} of equal width, closed below, the last one at both ends", "boundary": run["boundary"],
         "band": f"boundary: pixels at most {run['boundary']} rows and columns from a pixel of another class; unlabelled ones make none",
         "maps": list(run["maps"]),
@@ -138,7 +147,6 @@ def _table(tally: Tally) -> str:
 def render(tally: Tally, run: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The page; the same arguments give the same page."""
     C, several = len(tally.classes), tally.now.evaluation.several
-    of_class = tally.now.evaluation.scores.confusion.sum(1)
     failed = [tally.rows[path] for path in sorted(tally.rows) if tally.rows[path]["status"] != "ok"]
     return environment().get_template("evaluation.html").render(
         run=run,
@@ -151,7 +159,8 @@ def render(tally: Tally, run: dict[str, Any], metrics: dict[str, Any]) -> str:
         about_clusters=tally.clusters.about,
         done=tally.done,
         failed=failed,
-        pixels=int(of_class.sum()),
+        pixels=metrics["pixels"],
+        target=metrics["protocol"].get("target"),
         infinite=metrics["nll_infinite_pixels"],
         headline=[(each, _cells(metrics, each[0], each[2])) for each in HEADLINE],
         maps=[(maps_.MAPS[name].title, [_cells(metrics, f"{figure}.{name}", SHARE)[0] for figure in OF_MAPS]) for name in tally.now.evaluation.detections],
@@ -217,7 +226,7 @@ def _drawings(tally: Tally, several: bool) -> dict[str, str]:
         "risk": figures.risk_coverage("risk", curves),
         "sparse": figures.sparsification("sparse", curves),
         "certain": figures.accuracy_uncertainty("certain", {_titled(name): each.accuracy_uncertainty(THRESHOLDS.tolist()) for name, each in now.detections.items()}),
-        "confusion": figures.confusion("confusion", now.scores.confusion, tally.classes),
+        "confusion": figures.confusion("confusion", now.scores.confusion // now.scores.unit, tally.classes),
     }  # fmt: skip
 
 
@@ -227,7 +236,7 @@ def _top_diagrams(now: Evaluation, before: Evaluation | None, several: bool) -> 
     diagrams = []
     for title, part in parts.items():
         bins, replicates = (_summed(each.regions, part) for each in (now.scores, now.scores_B))
-        count = int(bins.count.sum())
+        count = int(bins.count.sum()) // now.scores.unit
         if count:
             title = f"{title}: ECE {percent(bins.ece())}, {count:,} pixels"
             earlier = None if before is None else _summed(before.scores.regions, part)
@@ -238,7 +247,7 @@ def _top_diagrams(now: Evaluation, before: Evaluation | None, several: bool) -> 
 def _class_diagrams(tally: Tally, several: bool) -> list[Diagram]:
     """Of the classes with most pixels, in their own order."""
     now, before = tally.now.evaluation, tally.before
-    count_C = now.scores.confusion.sum(1)
+    count_C = now.scores.confusion.sum(1) // now.scores.unit
     shown = sorted(np.argsort(-count_C, kind="stable")[:PANELS].tolist())
     diagrams = []
     for c in shown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,21 @@ def read_label(path: str | os.PathLike[str], C: int, ignore_index: int | None) -
             f" {'(none is set)' if ignore_index is None else ignore_index}. Set --ignore-index, or correct the label."
         )
     return np.where(ignored_HW, IGNORED, label_HW).astype(np.uint8)
+
+
+def read_labels(
+    paths: Sequence[str | os.PathLike[str]], C: int, ignore_index: int | None, H: int, W: int
+) -> UInt8[np.ndarray, "K H W"]:
+    """What K raters say of one image of that size, see `read_label`; a label of another size is an error."""
+    said_KHW = np.empty((len(paths), H, W), np.uint8)
+    for path, own_HW in zip(paths, said_KHW, strict=True):
+        labels_HW = read_label(path, C, ignore_index)
+        if labels_HW.shape != (H, W):
+            raise ValueError(
+                f"{path}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}"
+            )
+        own_HW[:] = labels_HW
+    return said_KHW
 
 
 def _decode(path: Path) -> np.ndarray:

@@ -27,30 +27,38 @@ from seguncert.scores import M, Reliability, Scores
 class ImageScores:
     """Sums of one picture, filled a band of rows at a time; `Evaluation.begin` makes it, `Evaluation.add` takes it."""
 
-    def __init__(self, C: int, ignore_index: int | None, maps: Mapping[str, Literal["high", "low"]]) -> None:
+    def __init__(
+        self, C: int, ignore_index: int | None, maps: Mapping[str, Literal["high", "low"]], raters: int = 1
+    ) -> None:
         self.ignore_index, self.maps = ignore_index, maps
-        self.scores = Scores.empty(C)
+        self.scores = Scores.empty(C, raters=raters)
         self.detections = {name: Detection.empty() for name in ("confidence", *maps)}
 
     def update(
         self,
         logits_CRW: Float[Tensor, "C R W"],
-        labels_RW: Integer[np.ndarray, "R W"],
+        labels_KRW: Integer[np.ndarray, "*K R W"],
         maps_RW: Mapping[str, Float[Tensor, "R W"] | Float[np.ndarray, "R W"]],
         boundary_RW: Bool[np.ndarray, "R W"] | None = None,
     ) -> None:
-        """Add a band of rows; `maps_RW` has each declared map, float in [0, 1], `boundary_RW` is of `boundary_band`.
+        """Add a band of rows with labels of one or of K raters; `maps_RW` has each declared map, float in [0, 1],
+        `boundary_RW` is of `boundary_band`.
 
-        Raises ValueError as `Scores.update`, for NaN or a value outside [0, 1] in a map, and for other maps than those
+        Raises ValueError as `Scores.update_raters`, for NaN or a value outside [0, 1] in a map, and for other maps than those
         declared; the picture is to be dropped then, what has been added before is unharmed.
         """
         if set(maps_RW) != set(self.maps):
             raise ValueError(f"maps: expected {_listed(self.maps)}. Received: {_listed(maps_RW)}")
-        doubt_RW, outcome_RW = self.scores.update(logits_CRW, labels_RW, boundary_RW, ignore_index=self.ignore_index)
-        self.detections["confidence"].update(doubt_RW, outcome_RW)
+        doubt_RW, outcomes = self.scores.update_raters(
+            logits_CRW, labels_KRW, boundary_RW, ignore_index=self.ignore_index
+        )
+        doubts = {"confidence": doubt_RW}
         for name, sure_is in self.maps.items():
             map_RW = np.asarray(maps_RW[name], np.float32)
-            self.detections[name].update(1 - map_RW if sure_is == "high" else map_RW, outcome_RW, name)
+            doubts[name] = 1 - map_RW if sure_is == "high" else map_RW
+        for name, each_RW in doubts.items():
+            for outcome_RW, weight in outcomes:
+                self.detections[name].update(each_RW, outcome_RW, name, weight)
 
 
 @dataclass
@@ -78,6 +86,7 @@ class Evaluation:
     detections: dict[str, Detection]
     scores_B: Scores
     detections_B2J: dict[str, Int64[np.ndarray, "B 2 J"]]
+    raters: int = 1  # of a pixel at most
     cluster: str | None = None  # the last one
     several: bool = False  # whether there was ever another
 
@@ -90,8 +99,9 @@ class Evaluation:
         maps: Mapping[str, Literal["high", "low"]] | None = None,
         replicates: int = 200,
         seed: int = 0,
+        raters: int = 1,
     ) -> Evaluation:
-        """Of no picture. `ignore_index` None declares that every pixel has a label.
+        """Of no picture. `ignore_index` None declares that every pixel has a label, by each of the `raters`.
 
         `maps` names further maps to be judged by how well they find errors, and says which of their ends is sure.
         """
@@ -102,14 +112,14 @@ class Evaluation:
             )
         names = ("confidence", *maps)
         return cls(
-            C, ignore_index, maps, seed, Scores.empty(C), {name: Detection.empty() for name in names},
-            Scores.empty(C, replicates),
-            {name: np.zeros((replicates, 2, COARSE_BINS), np.int64) for name in names},
+            C, ignore_index, maps, seed, Scores.empty(C, raters=raters), {name: Detection.empty() for name in names},
+            Scores.empty(C, replicates, raters=raters),
+            {name: np.zeros((replicates, 2, COARSE_BINS), np.int64) for name in names}, raters,
         )  # fmt: skip
 
     def begin(self) -> ImageScores:
         """Sums of a new picture; several may be filled at once, in threads."""
-        return ImageScores(self.C, self.ignore_index, self.maps)
+        return ImageScores(self.C, self.ignore_index, self.maps, self.raters)
 
     def add(self, image: ImageScores, *, cluster: str) -> dict[str, int | float]:
         """Add a picture, once, from one thread at a time; returns `pixels` and the figures `scores.PER_IMAGE` of it.
@@ -153,7 +163,7 @@ class Evaluation:
             )
         result = self.scores.compute() | {"ece_equal_mass": self.detections["confidence"].equal_mass_ece(M)}
         for name, detection in self.detections.items():
-            result |= {f"{figure}.{name}": value for figure, value in detection.compute().items()}
+            result |= {f"{figure}.{name}": value for figure, value in detection.compute(self.scores.unit).items()}
         return {name: np.asarray(value).item() for name, value in result.items()}
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
@@ -168,11 +178,11 @@ class Evaluation:
 
     def replicates(self) -> dict[str, Float64[np.ndarray, " B"]]:
         """Each figure in each replicate. Those of two evaluations of the same pictures, with the same seed, are paired."""
-        result = self.scores_B.compute()
+        result, unit = self.scores_B.compute(), self.scores.unit
         for name, detection in self.detections.items():
             counts_2J, tie_J = detection.coarse()
-            fine, coarse = detection.compute(), figures(counts_2J[RIGHT], counts_2J[WRONG], tie_J)
-            counts_B2J = self.detections_B2J[name]
+            fine, coarse = detection.compute(unit), figures(counts_2J[RIGHT] / unit, counts_2J[WRONG] / unit, tie_J)
+            counts_B2J = self.detections_B2J[name] / unit
             for figure, value_B in figures(counts_B2J[:, RIGHT], counts_B2J[:, WRONG], tie_J).items():
                 result[f"{figure}.{name}"] = value_B + (fine[figure] - coarse[figure])
         for count in ("pixels", "images", "nll_infinite_pixels"):
@@ -186,7 +196,7 @@ class Evaluation:
         return {name: Reliability(bins.count[k], bins.hits[k], bins.forecast[k]) for k, name in parts}
 
     def _settings(self) -> dict[str, object]:
-        names = ("C", "ignore_index", "maps", "seed")
+        names = ("C", "ignore_index", "maps", "seed", "raters")
         return {name: getattr(self, name) for name in names} | {"replicates": len(self.scores_B.confusion)}
 
     def _note(self, cluster: str) -> None:

@@ -6,12 +6,13 @@ replicates are added alike. With p the softmax, y the true class, ŷ = argmax p 
     nll      mean −ln p_y in nats          brier   mean Σ_c (p_c − [y = c])², in [0, 2]
     iou_c    n(y = c, ŷ = c) / n(y = c or ŷ = c); `miou` is their mean over classes that occur or are shown
 
-Letters: C classes, R rows of a band, W columns, N pixels, M bins of equal width over [0, 1]; in front `*B`, replicates or
+Letters: C classes, K raters, R rows of a band, W columns, N pixels, M bins of equal width over [0, 1]; in front `*B`, replicates or
 nothing. In the compiled loops B is a block of pixels.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,15 +78,16 @@ class Reliability:
         gap = np.where(self.count > 0, np.abs(self.forecast - self.hits) / np.maximum(self.count, 1), -1.0)
         return np.where(self.count.sum(-1) > 0, gap.max(-1), np.nan)
 
-    def ece_l2_debiased(self) -> Any:
+    def ece_l2_debiased(self, unit: int = 1) -> Any:
         """√ max(0, Σ (n_m/N) [(p̄_m − ȳ_m)² − ȳ_m(1 − ȳ_m)/(n_m − 1)]) (Kumar, Liang, Ma 2019, section 5), in [0, 1].
 
         A bin of one pixel says nothing about its frequency's variance and is left out of both sums. The correction is
-        for independent pixels; theirs are not, so it is a lower bound of what should be taken off.
+        for independent pixels; theirs are not, so it is a lower bound of what should be taken off. Each of them was
+        counted `unit` times.
         """
-        count = np.where(self.count > 1, self.count, 0)
+        count = np.where(self.count > unit, self.count / unit, 0)
         many = np.maximum(count, 2)
-        frequency, forecast = self.hits / many, self.forecast / many
+        frequency, forecast = self.hits / unit / many, self.forecast / unit / many
         squared = (forecast - frequency) ** 2 - frequency * (1 - frequency) / (many - 1)
         return np.sqrt(np.maximum(ratio((count * squared).sum(-1), count.sum(-1)), 0))
 
@@ -139,7 +141,8 @@ def boundary_band(
 class Scores:
     """Counts and sums of a segmentation in C classes, from which all but the finding of errors follows.
 
-    Every field is a sum, so parts merge to the whole; replicates lie along leading axes.
+    Every field but `unit` is a sum, so parts merge to the whole; replicates lie along leading axes. Where a pixel may have
+    several raters, it counts as `unit` pixels, in equal parts with the label of each: counts stay whole numbers.
     """
 
     confusion: Int64[np.ndarray, "*B C C"]  # pixels of true class i shown as class j
@@ -149,10 +152,11 @@ class Scores:
     classwise: Reliability  # of each class, "*B C M"
     images: Int64[np.ndarray, "*B 2"]  # all pictures, and those with a labelled pixel
     per_image: Float64[np.ndarray, "*B 2 5"]  # of the latter, figures `PER_IMAGE` and their squares
+    unit: int = 1
 
     @classmethod
-    def empty(cls, C: int, *leading: int) -> Scores:
-        """Of no pixel; `leading` axes are those of replicates."""
+    def empty(cls, C: int, *leading: int, raters: int = 1) -> Scores:
+        """Of no pixel; `leading` axes are those of replicates, `raters` how many a pixel has at most."""
 
         def counts(*shape: int) -> np.ndarray:
             return np.zeros((*leading, *shape), np.int64)
@@ -162,7 +166,8 @@ class Scores:
 
         regions = Reliability(counts(2, M), counts(2, M), sums(2, M))
         classwise = Reliability(counts(C, M), counts(C, M), sums(C, M))
-        return cls(counts(C, C), sums(2), counts(1), regions, classwise, counts(2), sums(2, len(PER_IMAGE)))
+        per_image = sums(2, len(PER_IMAGE))
+        return cls(counts(C, C), sums(2), counts(1), regions, classwise, counts(2), per_image, parts_of(raters))
 
     def arrays(self) -> list[np.ndarray]:
         """All sums, always in the same order."""
@@ -198,10 +203,48 @@ class Scores:
             raise ValueError(complaint(logits_CN, labels_N, ignore_index))
         return doubt_N.reshape(labels_RW.shape), outcome_N.reshape(labels_RW.shape)
 
-    def merge(self, other: Scores) -> None:
-        """Add what another has counted."""
+    def update_raters(
+        self,
+        logits_CRW: Float[Tensor, "C R W"],
+        labels_KRW: Integer[np.ndarray, "*K R W"],
+        boundary_RW: Bool[np.ndarray, "R W"] | None = None,
+        *,
+        ignore_index: int | None,
+    ) -> tuple[Float32[np.ndarray, "R W"], list[tuple[UInt8[np.ndarray, "R W"], int]]]:
+        """Add pixels with labels of one or of K raters; of a pixel those who left it void do not count.
+
+        Each figure becomes its mean over a rater drawn for each pixel: of `nll` that is −Σ_c t_c ln p_c, where t is the share
+        of the raters who say c. Only `brier` is Σ_c (p_c − t_c)²; its mean would be larger by 1 − Σ_c t_c².
+
+        Returns doubt, and outcomes as `update` does, each with the weight of its pixels. Raises ValueError as `update`, and
+        for more raters than were declared.
+        """
+        if labels_KRW.ndim == 2:
+            labels_KRW = labels_KRW[None]
+        K = len(labels_KRW)
+        if self.unit % parts_of(K):
+            raise ValueError(f"labels: expected those of as many raters as declared, or fewer. Received: those of {K}")
+        if K * self.unit == 1:
+            doubt_RW, outcome_RW = self.update(logits_CRW, labels_KRW[0], boundary_RW, ignore_index=ignore_index)
+            return doubt_RW, [(outcome_RW, 1)]
+        void_KRW = np.zeros(labels_KRW.shape, bool) if ignore_index is None else labels_KRW == ignore_index
+        said_KRW = np.take_along_axis(labels_KRW, void_KRW.argsort(0, kind="stable"), 0)  # void comes last
+        given_RW, outcomes = K - void_KRW.sum(0), []
+        for n in np.unique(given_RW[given_RW > 0]).tolist() or [1]:
+            part, here_RW = Scores.empty(len(self.confusion)), given_RW == n
+            for said_RW in said_KRW[:n]:
+                own_RW = said_RW if here_RW.all() else np.where(here_RW, said_RW, ignore_index or 0)
+                doubt_RW, outcome_RW = part.update(logits_CRW, own_RW, boundary_RW, ignore_index=ignore_index)
+                outcomes.append((outcome_RW, self.unit // n))
+            alike = sum(int((one_RW == said_KRW[:n])[:, here_RW].sum()) for one_RW in said_KRW[:n])
+            part.losses[1] -= n * here_RW.sum() - alike / n  # n (1 − Σ t²) of each pixel
+            self.merge(part, self.unit // n)
+        return doubt_RW, outcomes
+
+    def merge(self, other: Scores, weight: int = 1) -> None:
+        """Add what another has counted, `weight` times."""
         for mine, theirs in zip(self.arrays(), other.arrays(), strict=True):
-            mine += theirs
+            mine += weight * theirs
 
     def close_image(self) -> dict[str, int | float]:
         """Figures of these pixels, which from now on count as those of one picture: `PER_IMAGE` and `pixels`.
@@ -228,23 +271,23 @@ class Scores:
         >>> {name: round(float(scores.compute()[name]), 4) for name in ("miou", "accuracy", "nll", "brier", "ece")}
         {'miou': 0.25, 'accuracy': 0.5, 'nll': 0.5697, 'brier': 0.4, 'ece': 0.4}
         """
-        pixels = self.confusion.sum((-1, -2))
+        count = self.confusion.sum((-1, -2))
         hits = np.diagonal(self.confusion, axis1=-2, axis2=-1)
         union = self.confusion.sum(-1) + self.confusion.sum(-2) - hits
         top = Reliability(self.regions.count.sum(-2), self.regions.hits.sum(-2), self.regions.forecast.sum(-2))
         reliability, resolution, uncertainty = top.brier_split()
         of_region = self.regions.ece()
         result = {
-            "pixels": pixels,
+            "pixels": count // self.unit,
             "images": self.images[..., 0],
             "miou": ratio(ratio(hits, np.maximum(union, 1)).sum(-1), (union > 0).sum(-1)),
-            "accuracy": ratio(hits.sum(-1), pixels),
-            "nll": np.where(self.infinite[..., 0] > 0, np.inf, ratio(self.losses[..., 0], pixels)),
-            "nll_infinite_pixels": self.infinite[..., 0],
-            "brier": ratio(self.losses[..., 1], pixels),
+            "accuracy": ratio(hits.sum(-1), count),
+            "nll": np.where(self.infinite[..., 0] > 0, np.inf, ratio(self.losses[..., 0], count)),
+            "nll_infinite_pixels": -(-self.infinite[..., 0] // self.unit),
+            "brier": ratio(self.losses[..., 1], count),
             "ece": top.ece(),
             "mce": top.mce(),
-            "ece_l2_debiased": top.ece_l2_debiased(),
+            "ece_l2_debiased": top.ece_l2_debiased(self.unit),
             "ece_classwise": self.classwise.ece().mean(-1),
             "ece_interior": of_region[..., 0],
             "ece_boundary": of_region[..., 1],
@@ -260,6 +303,15 @@ class Scores:
             result |= {f"{name}_image_mean": mean[..., k], f"{name}_image_sd": np.sqrt(variance[..., k])}
         iou = ratio(hits, union)
         return result | {f"iou.{c}": iou[..., c] for c in range(iou.shape[-1])}
+
+
+def parts_of(raters: int) -> int:
+    """The least number of parts in which a pixel can be shared by so many raters, and by fewer.
+
+    >>> parts_of(1), parts_of(2), parts_of(3), parts_of(4)
+    (1, 2, 6, 12)
+    """
+    return math.lcm(*range(1, raters + 1))
 
 
 def complaint(logits_CN: np.ndarray, labels_N: np.ndarray, ignore_index: int | None) -> str:

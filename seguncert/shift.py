@@ -4,7 +4,7 @@ Of each condition, one corruption at one severity, only sums are kept, of all ph
 bootstrap: 8 B (3 C + 47) bytes for B replicates and C classes, before calibration and after it; the number of photos does
 not matter. The replicates draw clusters as `seguncert.metrics` does, so conditions and stages are paired.
 
-Letters: C classes, M bins, R rows of a band, W columns; in front `*B`, replicates or nothing.
+Letters: C classes, K raters, M bins, R rows of a band, W columns; in front `*B`, replicates or nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seguncert.corruptions import CORRUPTIONS, SEVERITIES, SIDE, corrupt, pictur
 from seguncert.detection import ratio
 from seguncert.labels import IGNORED
 from seguncert.metrics import middle, poisson_weights
-from seguncert.scores import M, Reliability, Scores
+from seguncert.scores import M, Reliability, Scores, parts_of
 
 CLEAN = "clean"
 SHOWN = (1, 3, 5)  # severities of which pictures are kept
@@ -107,6 +107,7 @@ class Shift:
     stages: int  # 2 with a calibration: after it, before it
     replicates: int
     seed: int
+    raters: int = 1
     sums: dict[str, tuple[Sums, ...]] = field(default_factory=dict)
     sums_B: dict[str, tuple[Sums, ...]] = field(default_factory=dict)
     images: int = 0
@@ -123,7 +124,7 @@ class Shift:
         self,
         path: str,
         rgb: UInt8[np.ndarray, "H W 3"],
-        labels_HW: UInt8[np.ndarray, "H W"],
+        labels_KHW: UInt8[np.ndarray, "*K H W"],
         clean: Sequence[Scores],
         predict: Callable[[UInt8[np.ndarray, "H W 3"]], Iterator[tuple[slice, list[Tensor]]]],
     ) -> Shifted:
@@ -137,11 +138,11 @@ class Shift:
         for name in self.names:
             for severity in SEVERITIES:
                 condition, worse = f"{name}.{severity}", corrupt(rgb, name, severity, seed)
-                scores = [Scores.empty(self.C) for _ in clean]
+                scores = [Scores.empty(self.C, raters=self.raters) for _ in clean]
                 try:
                     for rows, versions in predict(worse):
                         for stage, logits_CRW in zip(scores, versions, strict=True):
-                            stage.update(logits_CRW, labels_HW[rows], ignore_index=IGNORED)
+                            stage.update_raters(logits_CRW, labels_KHW[..., rows, :], ignore_index=IGNORED)
                 except ValueError as error:
                     raise ValueError(f"{name} of severity {severity}: {error}") from error
                 sums[condition] = tuple(map(Sums.of, scores))
@@ -195,7 +196,7 @@ class Shift:
             "names": list(self.names),
             "images": self.images,
             "chosen": f"{'all' if every else f'{len(self.photos)} evenly spaced of'} {self.of} with a label",
-            "pixels": int(self.sums[CLEAN][0].true.sum()),
+            "pixels": int(self.sums[CLEAN][0].true.sum()) // parts_of(self.raters),
             "clusters": len(self.clusters),
             "seed": self.seed,
             "levels": {

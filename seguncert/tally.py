@@ -89,7 +89,7 @@ class Tally:
     @classmethod
     def empty(
         cls, classes: Sequence[str], maps: Sequence[str], clusters: Clusters,
-        *, calibrated: bool, published: bool, replicates: int, seed: int, shift: Shift | None = None,
+        *, calibrated: bool, published: bool, replicates: int, seed: int, shift: Shift | None = None, raters: int = 1,
     ) -> Tally:  # fmt: skip
         """Of no image. `maps` are judged by how well they find errors, confidence always."""
         sure_is = {name: maps_.MAPS[name].sure_is for name in maps if name != "confidence"}
@@ -97,7 +97,7 @@ class Tally:
         def stage() -> Stage:
             return Stage(
                 Evaluation.empty(
-                    len(classes), ignore_index=IGNORED, maps=sure_is, replicates=replicates, seed=seed
+                    len(classes), ignore_index=IGNORED, maps=sure_is, replicates=replicates, seed=seed, raters=raters
                 ),
                 LocalTemperatureScaling.empty(replicates=replicates, seed=seed) if published else None,
             )  # fmt: skip

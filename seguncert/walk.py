@@ -17,7 +17,7 @@ from torch import Tensor
 from seguncert.evaluation import in_order
 from seguncert.image import MAX_BYTES, read_image
 from seguncert.job import PIXELS, Job
-from seguncert.labels import read_label
+from seguncert.labels import read_labels
 from seguncert.model import Model, evaluating
 from seguncert.run import predict_photo
 from seguncert.tiles import Sampler
@@ -98,10 +98,7 @@ def _visit(job: Job, net: Ready, image: Path, labels: Sequence[Path], ignore_ind
     C, settings = len(net.model.classes), job.settings
     photo = read_image(image, max_pixels=job.max_pixels, max_bytes=max(MAX_BYTES, 8 * job.max_pixels))
     H, W = photo.rgb.shape[:2]
-    every = [read_label(label, C, ignore_index) for label in labels]
-    for label, labels_HW in zip(labels, every, strict=True):
-        if labels_HW.shape != (H, W):
-            raise ValueError(f"{label}: expected the size of its image, {W}x{H}. Received: {labels_HW.shape[1]}x{labels_HW.shape[0]}")  # fmt: skip
+    every = list(read_labels(labels, C, ignore_index, H, W))
     with PIXELS.take(H * W * (1 + C // 3)):
         sampler = net.sampler
         if sampler is None and settings.needs_sampler(net.model, H, W):

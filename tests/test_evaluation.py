@@ -403,8 +403,10 @@ def test_the_command_says_what_it_found(folder, small_model):
         *(str(folder / name) for name in ("images", "labels", "out")),
     ]
     command += ["--model", str(small_model)]
-    run = subprocess.run([*command, "--ignore-index", "255"], capture_output=True, text=True)
+    again = ["--rater", str(folder / "labels")]
+    run = subprocess.run([*command, "--ignore-index", "255", *again], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
+    assert json.loads((folder / "out" / "metrics.json").read_text())["protocol"]["raters"] == 2
     assert "Mean IoU" in run.stdout and "ECE, top label" in run.stdout
     assert "7 images judged, 1 failed" in run.stderr and "report.html" in run.stderr
     worse = ["--ignore-index", "255", "--corruptions", "fog, jpeg", "--corrupted", "2"]
