@@ -26,6 +26,7 @@ from seguncert.image import read_image
 from seguncert.maps import OF_SAMPLES, OF_SOFTMAX
 from seguncert.model import Model, bundled_names, load_model
 from seguncert.run import analyse
+from seguncert.sheets import give_back
 
 METHODS = {
     "One pass": "none",
@@ -36,7 +37,7 @@ METHODS = {
 }
 WAITING = 32  # requests at most in the queue; more are told that the page is busy
 UPLOAD = "200mb"
-SWEEP = 60.0  # seconds
+SWEEP = 20.0  # seconds
 MOST_PIXELS = 50_000_000  # of a photo
 
 
@@ -244,6 +245,7 @@ def _sweep(blocks: gr.Blocks) -> None:
     while blocks.is_running:
         time.sleep(SWEEP)
         blocks.seguncert.sessions.sweep()
+        give_back()  # what visitors had who left
 
 
 __all__ = ["Forgotten", "Page", "build", "launch"]

@@ -19,11 +19,11 @@ const channel = (rgba, k = 0) => { const out = new Uint8Array(rgba.length / 4); 
 
 async function load(value) {
   if (!value) { seen = null; root.dataset.state = "empty"; find("body").hidden = true; find("empty").hidden = false; return; }
-  const [w, h] = value.shown, photo = await pixels(value.photo), labels = channel(await pixels(value.labels));
-  const coded = await pixels(value.regions), regions = new Uint16Array(w * h);
+  const [w, h] = value.shown, urls = [value.photo, value.labels, value.regions, ...value.maps.map((map) => map.picture)];
+  const [photo, labelled, coded, ...drawings] = await Promise.all(urls.map(pixels));
+  const labels = channel(labelled), regions = new Uint16Array(w * h);
   for (let i = 0; i < regions.length; i++) regions[i] = coded[4 * i] * 256 + coded[4 * i + 1];
-  const maps = [];
-  for (const map of value.maps) maps.push({ ...map, levels: channel(await pixels(map.picture)) });
+  const maps = value.maps.map((map, k) => ({ ...map, levels: channel(drawings[k]) }));
   const colours = []; for (const each of value.classes) colours[each.index] = each.colour;
   seen = { ...value, w, h, photo, labels, regions, maps, colours };
   if (!maps.some((map) => map.name === find("map").value)) fillMaps();
