@@ -420,18 +420,34 @@ def models() -> None:
 
 @app.command("app")
 def page(
-    model: ModelOption = "street",
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="to begin with; several can be chosen between, and asked together [default: street]"),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; another than this machine needs --auth")
+    ] = "127.0.0.1",
     port: int = 7860,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:PASSWORD", envvar="SEGUNCERT_AUTH", help="who may open the page; several times"),
+    ] = None,
 ) -> None:
-    """Serve the page for one photo.
+    """Serve the page: a photo, a folder, how far the model can be believed.
 
     Upload a photo, see where not to trust the mask. Nothing is sent to anywhere else.
     """
     with _one_line_errors():
+        pairs = [tuple(each.split(":", 1)) for each in auth or []]
+        if any(len(pair) < 2 or not all(pair) for pair in pairs):
+            raise ValueError("auth: expected NAME:PASSWORD. Received: something else")
+        if not pairs and host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"host: expected 127.0.0.1, or --auth NAME:PASSWORD with it, since others could open the page. Received: {host}"
+            )
         from seguncert.apps.app import launch
 
-        launch(model, host, port)
+        launch(model or ["street"], host, port, pairs or None)
 
 
 @app.command()
