@@ -5,10 +5,11 @@ Everything stays on this machine: no request leaves it, uploads lie in a folder 
 
 from __future__ import annotations
 
+import html
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
@@ -17,7 +18,7 @@ from typing import Any
 
 from seguncert.apps.folder_tab import folder_tab
 from seguncert.apps.labels_tab import labels_tab
-from seguncert.apps.place import PLACE, clean, gr
+from seguncert.apps.place import EXAMPLES, PLACE, clean, gr
 from seguncert.apps.samples import write_samples
 from seguncert.apps.sessions import Forgotten, Sessions
 from seguncert.apps.sight import SAMPLES, Sight, settings, with_sets
@@ -81,36 +82,46 @@ class Page:
             raise gr.Error("Choose a photo first.", print_exception=False)
         try:
             session = self.sessions.of(secret)
-            session.stop.clear()
-
-            def tell(done: int, wanted: int) -> bool:
-                if progress is not None:
-                    progress((done, wanted), unit="samples" if "dropout" in method else "views")
-                return not session.stop.is_set()
-
             maps = [*OF_SOFTMAX, *(OF_SAMPLES if method != "none" else ())]
             started = time.perf_counter()
-            read = read_image(photo, max_pixels=MOST_PIXELS)
-            result = analyse(
-                self.models(model, method), read.rgb, maps=maps, progress=tell, **settings(method, samples, calibrated)
-            )
+            with self.sessions.running(session, "photo") as stop:
+
+                def tell(done: int, wanted: int) -> bool:
+                    if progress is not None:
+                        progress((done, wanted), unit="samples" if "dropout" in method else "views")
+                    return not stop.is_set()
+
+                read = read_image(photo, max_pixels=MOST_PIXELS)
+                nets, chosen = self.models(model, method), settings(method, samples, calibrated)
+                result = analyse(nets, read.rgb, maps=maps, progress=tell, **chosen)
             result = replace(with_sets(result), note="; ".join(filter(None, [read.note, result.note])))
             sight = Sight(Path(photo).name, result, time.perf_counter() - started)
             self.sessions.keep(session, sight)
             return sight
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise self.told(error) from None
 
     def pixel(self, token: str, x: int, y: int) -> dict[str, Any]:
         """The numbers of one pixel; see `Sight.pixel`. Raises gr.Error."""
         try:
             return self.sessions.sight(token).pixel(int(x), int(y))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise self.told(error) from None
 
-    def told(self, error: Exception) -> gr.Error:
-        """What a visitor reads of an error: its one line, without places of this machine."""
-        return gr.Error(str(error).replace(f"{PLACE}{os.sep}", ""), print_exception=False)
+    def told(self, error: Exception, places: Mapping[Path, str] | None = None) -> gr.Error:
+        """What a visitor reads of an error: its one line, without places of this machine, and as text, not as HTML."""
+        line = f"failed here: {error.strerror}" if isinstance(error, OSError) else str(error)
+        for place, name in (places or {}).items():
+            line = line.replace(str(place), name)
+        return gr.Error(html.escape(line.replace(f"{PLACE}{os.sep}", "")), print_exception=False)
+
+    def stopper(self, kind: str) -> Callable[[gr.Request], None]:
+        """What a button does that stops the visitor's run of that kind."""
+
+        def stop(request: gr.Request) -> None:
+            self.sessions.of(request.session_hash).stop(kind)
+
+        return stop
 
 
 def build(models: str | Sequence[str]) -> gr.Blocks:
@@ -143,7 +154,7 @@ def _image_tab(page: Page) -> None:
     def pixel(at: Any) -> dict[str, Any]:
         try:
             return page.sessions.sight(at["token"]).pixel(int(at["x"]), int(at["y"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             return {"error": str(error) if isinstance(error, ValueError) else "pixel: expected token, x and y."}
 
     with gr.Row(elem_id="controls"):
@@ -160,7 +171,7 @@ def _image_tab(page: Page) -> None:
             with gr.Row():
                 again = gr.Button("Look again", variant="primary", elem_id="again")
                 stop = gr.Button("Stop, keep what there is", visible=False, elem_id="stop")
-    pictures = write_samples(PLACE / "samples")
+    pictures = write_samples(EXAMPLES)
     rows = [(str(file), name) for name in pictures if name in page.names for file in sorted(pictures[name].iterdir())]
     examples = gr.Dataset(
         components=["image"], samples=[[file] for file, _ in rows], type="index", layout="gallery", label="Examples",
@@ -176,21 +187,23 @@ def _image_tab(page: Page) -> None:
             return None
         return page.look(photo, model, method, samples, calibrated, request.session_hash, progress).payload()
 
-    def ask_to_stop(request: gr.Request) -> None:
-        page.sessions.of(request.session_hash).stop.set()
+    def example(number: int) -> tuple[str, str]:
+        if not isinstance(number, int) or not 0 <= number < len(rows):
+            raise gr.Error(f"example: expected 0 to {len(rows) - 1}.", print_exception=False)
+        return rows[number]
 
     inputs = [photo, model, method, samples, calibrated]
     shown = {"api_visibility": "private", "concurrency_id": "net", "show_progress": "full"}
-    changed = [photo.upload, photo.clear, model.input, method.input, samples.release, calibrated.input, again.click]
-    gr.on(changed, draw, inputs, viewer, **shown)
-    examples.click(lambda number: rows[number], examples, [photo, model], api_visibility="private", queue=False).then(
-        draw, inputs, viewer, **shown
-    )
+    changed = [photo.upload, photo.clear, model.input, method.input, samples.input, calibrated.input, again.click]
+    drawn = gr.on(changed, draw, inputs, viewer, trigger_mode="always_last", **shown)
+    chosen = examples.click(example, examples, [photo, model], api_visibility="private", queue=False)
+    for run in (drawn, chosen.success(draw, inputs, viewer, trigger_mode="always_last", **shown)):
+        run.failure(lambda: None, None, viewer, api_visibility="private", queue=False)  # not the photo before
     method.change(
         lambda chosen: (gr.update(visible="dropout" in chosen), gr.update(visible=chosen != "none")),
         method, [samples, stop], api_visibility="private", queue=False,
     )  # fmt: skip
-    stop.click(ask_to_stop, None, None, api_visibility="private", queue=False)
+    stop.click(page.stopper("photo"), None, None, api_visibility="private", queue=False)
     _interface(page, inputs)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from seguncert.apps.place import gr
 from seguncert.apps.sessions import Session
-from seguncert.apps.sight import SAMPLES, settings
+from seguncert.apps.sight import SAMPLES, settings, told
 from seguncert.apps.uploads import files_input, unpack
 from seguncert.batch import export
 from seguncert.image import read_image
@@ -30,27 +30,28 @@ def run_folder(
     progress: Callable[..., Any] | None = None,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """Export uploaded files, zips unpacked; what the gallery shows, and the zip. ValueError with one line for what is wrong."""
-    place = page.sessions.place(session)
-    source, out = place / "photos", place / "out"
-    source.mkdir()
-    session.stop.clear()
-    unpack(files, source)
+    with page.sessions.running(session, "folder") as stop:
+        place = page.sessions.place(session, "folder")
+        source, out = place / "photos", place / "out"
+        source.mkdir()
+        unpack(files, source)
 
-    def tell(done: int, failed: int, total: int) -> None:
-        if progress is not None:
-            progress((done + failed, total), unit="photos")
-        if session.stop.is_set():
-            raise KeyboardInterrupt  # export ends what is under way, and writes the tables of what is done
+        def tell(done: int, failed: int, total: int) -> None:
+            if progress is not None:
+                progress((done + failed, total), unit="photos")
+            if stop.is_set():
+                raise KeyboardInterrupt  # export ends what is under way, and writes the tables of what is done
 
-    nets, stopped = page.models(model, method), False
-    try:
-        export(source, out, nets if len(nets) > 1 else nets[0], progress=tell, **settings(method, samples, calibrated))
-    except KeyboardInterrupt:
-        stopped = True
-    return _gallery(out, stopped), _zipped(out, place / ZIP)
+        nets, chosen = page.models(model, method), settings(method, samples, calibrated)
+        try:
+            export(source, out, nets if len(nets) > 1 else nets[0], progress=tell, **chosen)
+        except KeyboardInterrupt:
+            if not (out / "images.csv").is_file():
+                raise ValueError("Stopped before the first photo was done.") from None
+        return _gallery(out, len(nets[0].classes), stop.is_set()), _zipped(out, place / ZIP)
 
 
-def _gallery(out: Path, stopped: bool) -> dict[str, Any]:
+def _gallery(out: Path, C: int, stopped: bool) -> dict[str, Any]:
     with (out / "images.csv").open(newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
     done = [row for row in rows if row["status"] == "ok"]
@@ -67,7 +68,7 @@ def _gallery(out: Path, stopped: bool) -> dict[str, Any]:
         "photos": [
             {
                 "path": row["path"], "picture": _small(out / row["path"] / "overlay.jpg"),
-                "scores": " · ".join(f"{MAPS[name].title.lower()} {float(row[f'{name}_mean']):.3f}" for name in means),
+                "scores": " · ".join(told(name, float(row[f"{name}_mean"]), C) for name in means),
             }
             for row in done[:CARDS]
         ],
@@ -118,16 +119,13 @@ def folder_tab(page: Page, file: Callable[[str], str]) -> None:
         try:
             session = page.sessions.of(request.session_hash)
             shown, archive = run_folder(page, session, files, model, method, samples, calibrated, progress)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise page.told(error) from None
         return shown, gr.update(value=str(archive), visible=True)
 
-    def ask_to_stop(request: gr.Request) -> None:
-        page.sessions.of(request.session_hash).stop.set()
-
     inputs = [files, model, method, samples, calibrated]
     go.click(run, inputs, [gallery, download], api_name="folder", concurrency_id="folder", show_progress="full")
-    stop.click(ask_to_stop, None, None, api_visibility="private", queue=False)
+    stop.click(page.stopper("folder"), None, None, api_visibility="private", queue=False)
     method.change(
         lambda chosen: gr.update(visible="dropout" in chosen), method, samples, api_visibility="private", queue=False
     )

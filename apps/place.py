@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 _WHOSE = os.getuid() if hasattr(os, "getuid") else "user"
 ALL = Path(tempfile.gettempdir()) / f"seguncert-page-{_WHOSE}"  # a folder for each page, named by its process
 PLACE = ALL / str(os.getpid())
+EXAMPLES = ALL / "examples"  # outside of what gradio clears
 
 os.environ["GRADIO_TEMP_DIR"] = str(PLACE)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no request leaves the machine
@@ -24,9 +26,10 @@ def clean() -> None:
     if ALL.is_symlink() or ALL.stat().st_mode & 0o077:
         raise ValueError(f"{ALL}: expected a folder that only you can open. Remove it.")
     for folder in ALL.iterdir():
-        if not (folder.name.isdigit() and _runs(int(folder.name))):
+        if folder == PLACE or not (folder == EXAMPLES or (folder.name.isdigit() and _runs(int(folder.name)))):
             shutil.rmtree(folder, ignore_errors=True)
-    PLACE.mkdir(mode=0o700, exist_ok=True)
+    PLACE.mkdir(mode=0o700)
+    atexit.register(shutil.rmtree, PLACE, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:
@@ -39,4 +42,4 @@ def _runs(process: int) -> bool:
     return True
 
 
-__all__ = ["ALL", "PLACE", "clean", "gr"]
+__all__ = ["ALL", "EXAMPLES", "PLACE", "clean", "gr"]

@@ -252,17 +252,22 @@ def _save(
         "samples": samples if "mc-dropout" in settings.method else None, "seed": pixels.seed, "asked_for": "auto",
         "held_out": how, "left_out": {scene: digest for digest, scene in nets.items()}, "seguncert": version("seguncert"),
     }  # fmt: skip
+    told = {name: each.pooled for name in ("none", kind) for each in judged if each.kind == name}
     figures = {
-        name: {figure: float(each.pooled.compute()[figure]) for figure in FIGURES.values()}
-        for name in ("none", kind)
-        for each in judged
-        if each.kind == name
+        name: {figure: float(pooled.compute()[figure]) for figure in FIGURES.values()} | {"reliability": _bins(pooled)}
+        for name, pooled in told.items()
     }
     measured = {"candidates": [asdict(each) for each in candidates], "scenes_held_out": figures}
     calibrator = None if kind == "none" else fit(kind, pixels)
     file = net.folder / f"calibration-{settings.method}.json"
     Calibration(calibrator, *settings.fitted_for([net]), protocol, measured).save(file)
     console.print(f"wrote {kind} to {file}")
+
+
+def _bins(pooled: Evaluation) -> dict[str, list[float]]:
+    """Of the reliability diagram of all pixels, inside of things and along their boundaries."""
+    parts = [vars(each) for each in pooled.reliability().values()]
+    return {key: sum(part[key] for part in parts).tolist() for key in parts[0]}
 
 
 if __name__ == "__main__":

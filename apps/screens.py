@@ -2,8 +2,8 @@
 
     python -m seguncert.apps.screens OUT [PHOTO]
 
-needs Chromium (apt-get install chromium) and playwright. The two in README.md are image-light.jpg and image-phone.jpg of a drawn
-picture of nuclei.
+needs Chromium (apt-get install chromium) and playwright. The two in README.md, page-light.jpg and page-phone.jpg,
+are of a drawn picture of nuclei.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shoot(out: Path, photo: Path | None = None) -> list[Path]:
             tab.set_input_files("#photo input[type=file]", str(photo))
             tab.wait_for_selector(".sg[data-state=ready]", timeout=120_000)
             _read_a_doubtful_pixel(tab)
-            made.append(_picture(tab, out / f"image-{look}.jpg"))
+            made.append(_picture(tab, out / f"page-{look}.jpg"))
             tab.get_by_role("tab", name="Folder").click()
             tab.set_input_files("#files input[type=file]", str(photo))
             tab.wait_for_timeout(800)

@@ -1,4 +1,4 @@
-"""What the page remembers for each visitor: photos looked at, a folder, the wish to stop. Nothing is shared, all is freed.
+"""What the page remembers for each visitor: photos looked at, folders, the wish to stop. Nothing is shared, all is freed.
 
 A session is known by the secret that the browser made for it; a photo by a word that only its session was told. What was
 not used for an hour goes, and the oldest photo goes first where all together they hold too much memory.
@@ -6,9 +6,12 @@ not used for an hour goes, and the oldest photo goes first where all together th
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +28,19 @@ class Forgotten(ValueError):
 
 @dataclass
 class Session:
-    """One visitor."""
+    """One visitor. Runs are known by their kind: of a photo, of a folder, of labels."""
 
     sights: list[Sight] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-    folder: Path | None = None
+    stops: dict[str, threading.Event] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    runs: int = 0  # under way
     used: float = 0.0
+    ended: bool = False
+
+    def stop(self, kind: str) -> None:
+        """Ask the run of that kind that is under way, if there is one, to stop."""
+        if kind in self.stops:
+            self.stops[kind].set()
 
 
 class Sessions:
@@ -50,6 +60,26 @@ class Sessions:
             session = self._all.setdefault(secret, Session())
             session.used = time.monotonic()
             return session
+
+    @contextmanager
+    def running(self, session: Session, kind: str) -> Iterator[threading.Event]:
+        """While it lasts the session does not end; the event is set when this run is to stop."""
+        stop = threading.Event()
+        with self._lock:
+            session.stops[kind] = stop
+            session.runs += 1
+            if session.ended:
+                stop.set()
+        try:
+            yield stop
+        finally:
+            with self._lock:
+                session.runs -= 1
+                session.used = time.monotonic()
+                if session.stops.get(kind) is stop:
+                    del session.stops[kind]
+                if session.ended and not session.runs:
+                    self._clear(session)
 
     def keep(self, session: Session, sight: Sight) -> None:
         """Remember a photo; the session's oldest goes, and others' where the memory is full."""
@@ -71,31 +101,36 @@ class Sessions:
                         return sight
         raise Forgotten("This photo is no longer remembered. Look at it again.")
 
-    def place(self, session: Session) -> Path:
-        """An empty folder of the session; the one before is removed."""
+    def place(self, session: Session, kind: str) -> Path:
+        """An empty folder for runs of that kind; the one before is removed. Its name cannot be guessed."""
         with self._lock:
-            self._clear(session)
-            folder = self.root / f"folder-{threading.get_ident()}-{time.monotonic_ns()}"
+            if kind in session.folders:
+                shutil.rmtree(session.folders.pop(kind), ignore_errors=True)
+            folder = self.root / secrets.token_urlsafe(24)
             folder.mkdir(parents=True, mode=0o700)
-            session.folder = folder
+            session.folders[kind] = folder
             return folder
 
     def end(self, secret: str | None) -> None:
-        """Forget a visitor, who left."""
+        """Forget a visitor, who left; what still runs is asked to stop, and cleared when it has."""
         with self._lock:
             session = self._all.pop(secret or "", None)
-            if session is not None:
-                session.stop.set()
+            if session is None:
+                return
+            session.ended, session.sights = True, []
+            for stop in session.stops.values():
+                stop.set()
+            if not session.runs:
                 self._clear(session)
 
     def sweep(self) -> None:
-        """Forget those who were not seen for long."""
+        """Forget those who were not seen for long, and for whom nothing runs."""
         with self._lock:
             now = time.monotonic()
-            for secret in [secret for secret, each in self._all.items() if now - each.used > self.idle]:
+            for secret in [key for key, each in self._all.items() if now - each.used > self.idle and not each.runs]:
                 self.end(secret)
 
     def _clear(self, session: Session) -> None:
-        if session.folder is not None:
-            shutil.rmtree(session.folder, ignore_errors=True)
-            session.folder = None
+        for folder in session.folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        session.folders = {}

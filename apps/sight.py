@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt16
 
 from seguncert.calibration import bands, calibrated_rows
 from seguncert.maps import MAPS, OF_SETS
@@ -41,6 +41,17 @@ def settings(method: str, samples: Any, calibrated: bool) -> dict[str, Any]:
     if not isinstance(samples, (int, float)) or not SAMPLES[0] <= samples <= SAMPLES[1]:
         raise ValueError(f"samples: expected {SAMPLES[0]} to {SAMPLES[1]}. Received: {samples!r}")
     return chosen | {"samples": int(samples)}
+
+
+def told(name: str, value: float, C: int) -> str:
+    """A number of a map in the map's own unit, for C classes.
+
+    >>> told("entropy", 0.5, 2), told("confidence", 0.9, 2)
+    ('entropy 0.347 nat', 'confidence 0.900')
+    """
+    info = MAPS[name]
+    unit = "" if info.unit == "probability" else f" {info.unit}"
+    return f"{info.title.lower()} {value * info.full_scale(C):.3f}{unit}"
 
 
 def with_sets(result: Result) -> Result:
@@ -67,17 +78,17 @@ class Sight:
     def bytes(self) -> int:
         """What it holds in memory."""
         result = self.result
-        arrays = [result.rgb, result.labels, *result.maps.values(), *result.errors.values()]
+        arrays = [result.rgb, result.labels, *result.maps.values(), *result.errors.values(), self.shown_labels]
         planes = [result.logits]
         if result.moments is not None:
             planes += [result.moments.mean_CHW, result.moments.squares_CHW, result.moments.entropy_HW]
         return sum(array.nbytes for array in arrays) + sum(plane.nbytes for plane in planes)
 
     @cached_property
-    def shown_labels(self) -> UInt8[np.ndarray, "h w"]:
+    def shown_labels(self) -> UInt16[np.ndarray, "h w"]:
         """Class indices of what is shown, each of the pixel nearest."""
         h, w = self.shown_size
-        return cv2.resize(self.result.labels.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
+        return cv2.resize(self.result.labels.astype(np.uint16), (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -100,8 +111,8 @@ class Sight:
         return {
             "token": self.token, "name": self.name, "width": W, "height": H, "shown": [w, h],
             "photo": _jpeg(thumbnail(result.rgb, SHOWN)),
-            "labels": _png(self.shown_labels),
-            "regions": _png(np.stack([numbers_hw >> 8, numbers_hw & 255, numbers_hw * 0], 2).astype(np.uint8)),
+            "labels": _png16(self.shown_labels),
+            "regions": _png16(numbers_hw),
             "maps": [self._map(name) for name in result.maps],
             "classes": self.classes,
             "region_list": regions,
@@ -118,7 +129,7 @@ class Sight:
         levels_hw = np.rint(np.minimum(self.shown_map(name) / info.drawn_to, 1) * 255).astype(np.uint8)
         return {
             "name": name, "title": info.title, "unit": info.unit, "about": info.about, "sure_is": info.sure_is,
-            "highest": info.full_scale(C) * info.drawn_to, "cut": info.drawn_to < 1,
+            "full_scale": info.full_scale(C), "highest": info.full_scale(C) * info.drawn_to, "cut": info.drawn_to < 1,
             "note": legend_note(name, self.result.calibration, self.result.conformal),
             "picture": _png(levels_hw),
             "table": np.concatenate([weights[:, :1], grey[:, :1], colour], 1).ravel().tolist(),  # of each level: photo, grey, R G B
@@ -147,10 +158,11 @@ class Sight:
         ]  # fmt: skip
 
     @cached_property
-    def regions(self) -> tuple[Int64[np.ndarray, "h w"], list[dict[str, Any]]]:
-        """Number of the region of each shown pixel, 0 for those too small; and all regions, the least trusted first.
+    def regions(self) -> tuple[UInt16[np.ndarray, "h w"], list[dict[str, Any]]]:
+        """Number of the region of each shown pixel, 0 for those not listed; and the `MOST_REGIONS` least trusted, these first.
 
-        A region is what hangs together of one class, over corners too, in what is shown; `pixels` are the photo's.
+        A region is what hangs together of one class, over corners too, in what is shown, and is not tiny; `pixels` are the
+        photo's, about so many where fewer are shown.
         """
         labels_hw, confidence_hw = self.shown_labels, self.shown_map("confidence")
         least = max(LEAST_PIXELS, LEAST_SHARE * labels_hw.size)
@@ -170,11 +182,11 @@ class Sight:
             ]  # fmt: skip
         order = sorted((k for k, each in enumerate(found) if not each["small"]), key=lambda k: found[k]["confidence"])
         order = order[:MOST_REGIONS]
-        rank = np.zeros(len(found) + 1, np.int64)
+        rank = np.zeros(len(found) + 1, np.uint16)
         rank[np.array(order, int)] = np.arange(1, len(order) + 1)
-        where_hw = np.zeros(labels_hw.shape, np.int64)
+        where_hw = np.zeros(labels_hw.shape, np.uint16)
         for numbers_hw, first, count in parts:
-            own = np.concatenate([[0], rank[first : first + count - 1]])
+            own = np.append(np.uint16(0), rank[first : first + count - 1])
             where_hw += own[numbers_hw]
         listed = [{key: found[k][key] for key in found[k] if key != "small"} for k in order]
         return where_hw, listed
@@ -281,6 +293,11 @@ def _percent(p: float) -> str:
 def _png(picture: np.ndarray) -> str:
     content = cv2.imencode(".png", picture[..., ::-1] if picture.ndim == 3 else picture, PNG16_SETTINGS)[1]
     return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode()
+
+
+def _png16(numbers_hw: UInt16[np.ndarray, "h w"]) -> str:
+    """Numbers as red · 256 + green: what a browser reads of a picture has 8 bits."""
+    return _png(np.stack([numbers_hw >> 8, numbers_hw & 255, numbers_hw * 0], 2).astype(np.uint8))
 
 
 def _jpeg(rgb: np.ndarray) -> str:

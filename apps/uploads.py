@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import zipfile
 from collections.abc import Callable, Iterable
@@ -54,11 +55,12 @@ def _changed(component: gr.components.Component, preprocess: Callable[[Any], Any
 
 
 def _file_only(place: Any) -> Any:
-    if "://" in str(place):
-        raise gr.Error(
-            "file: expected one that was uploaded. Received: an address; nothing is fetched.", print_exception=False
-        )
-    return place
+    if place is None or ("://" not in str(place) and os.path.isfile(place)):
+        return place
+    raise gr.Error(
+        "file: expected one that was uploaded. Received: an address, which is not fetched, or no file.",
+        print_exception=False,
+    )
 
 
 def unpack(files: Iterable[tuple[str, str]], folder: Path) -> int:
@@ -67,14 +69,17 @@ def unpack(files: Iterable[tuple[str, str]], folder: Path) -> int:
     Raises ValueError for a zip that is damaged, encrypted, leads out of the folder or holds a link, and for more than
     `MOST_FILES` files or `MOST_BYTES` unpacked; what is no zip is only linked and not looked into.
     """
-    count = 0
+    count = room = 0
     for name, path in files:
-        if not zipfile.is_zipfile(path):
-            target = _free(folder / PurePosixPath(name.replace("\\", "/")).name)
-            target.hardlink_to(path)
-            count += 1
+        if zipfile.is_zipfile(path):
+            more, taken = _unzip(name, Path(path), folder, MOST_BYTES - room)
+            count, room = count + more, room + taken
         else:
-            count += _unzip(name, Path(path), folder)
+            try:
+                _free(folder / PurePosixPath(name.replace("\\", "/")).name).hardlink_to(path)
+            except OSError as error:
+                raise ValueError(f"{name[:80]}: cannot be kept here: {error.strerror}") from None
+            count += 1
         if count > MOST_FILES:
             raise ValueError(
                 f"files: expected at most {MOST_FILES:,} at once. Received more; `seguncert export` takes any number."
@@ -82,7 +87,8 @@ def unpack(files: Iterable[tuple[str, str]], folder: Path) -> int:
     return count
 
 
-def _unzip(name: str, path: Path, folder: Path) -> int:
+def _unzip(name: str, path: Path, folder: Path, room: int) -> tuple[int, int]:
+    """Files and bytes that came out of it, at most `room` of these."""
     count = total = 0
     try:
         with zipfile.ZipFile(path) as archive:
@@ -95,7 +101,8 @@ def _unzip(name: str, path: Path, folder: Path) -> int:
             for entry in entries:
                 inside = PurePosixPath(entry.filename.replace("\\", "/"))
                 if (
-                    inside.is_absolute()
+                    not inside.parts
+                    or inside.is_absolute()
                     or ".." in inside.parts
                     or ":" in inside.parts[0]
                     or stat.S_ISLNK(entry.external_attr >> 16)
@@ -106,9 +113,9 @@ def _unzip(name: str, path: Path, folder: Path) -> int:
                 with archive.open(entry) as source, target.open("wb") as out:
                     while chunk := source.read(1 << 20):
                         total += len(chunk)  # what comes out counts, whatever the zip says of itself
-                        if total > MOST_BYTES:
+                        if total > room:
                             raise ValueError(
-                                f"{name}: expected at most {MOST_BYTES >> 30} GiB unpacked. Received more."
+                                f"{name}: expected at most {MOST_BYTES >> 30} GiB unpacked, all zips together. Received more."
                             )
                         out.write(chunk)
                 count += 1
@@ -116,7 +123,7 @@ def _unzip(name: str, path: Path, folder: Path) -> int:
         if isinstance(error, OSError) and error.errno is not None:
             raise ValueError(f"{name}: cannot be unpacked here: {error.strerror}") from None
         raise ValueError(f"{name}: expected a whole zip without a password. Received: {error}") from None
-    return count
+    return count, total
 
 
 def _free(path: Path) -> Path:

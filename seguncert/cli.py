@@ -430,7 +430,10 @@ def page(
     port: int = 7860,
     auth: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:PASSWORD", envvar="SEGUNCERT_AUTH", help="who may open the page; several times"),
+        typer.Option(
+            metavar="NAME:PASSWORD",
+            help="who may open the page; several times, or lines of the variable SEGUNCERT_AUTH",
+        ),
     ] = None,
 ) -> None:
     """Serve the page: a photo, a folder, how far the model can be believed.
@@ -438,8 +441,9 @@ def page(
     Upload a photo, see where not to trust the mask. Nothing is sent to anywhere else.
     """
     with _one_line_errors():
-        pairs = [tuple(each.split(":", 1)) for each in auth or []]
-        if any(len(pair) < 2 or not all(pair) for pair in pairs):
+        lines = auth or os.environ.get("SEGUNCERT_AUTH", "").splitlines()
+        pairs = [(each.partition(":")[0], each.partition(":")[2]) for each in lines]
+        if not all(map(all, pairs)):
             raise ValueError("auth: expected NAME:PASSWORD. Received: something else")
         if not pairs and host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import seguncert
 from seguncert.apps import sight as sight_
@@ -37,6 +38,11 @@ def sight(request, street, photo):
     ]
     drawn = {"samples": 4} if sampled else {}
     return Sight("photo", seguncert.analyse(street, photo, method=request.param, maps=maps, **drawn), 0.1)
+
+
+def numbers(url):
+    coded = decoded(url).astype(int)
+    return coded[..., 2] * 256 + coded[..., 1]  # red and green
 
 
 def decoded(url, flags=cv2.IMREAD_UNCHANGED):
@@ -74,7 +80,7 @@ def test_outside_there_is_no_pixel(sight, place):
 
 def test_what_the_browser_gets_is_what_there_is(sight):
     payload, result = sight.payload(), sight.result
-    assert (decoded(payload["labels"]) == result.labels).all()
+    assert (numbers(payload["labels"]) == result.labels).all()
     for each in payload["maps"]:
         levels = decoded(each["picture"]).astype(float) / 255
         cut = each["highest"] / {"nat": np.log(11), "probability²": 1 - 1 / 11}.get(each["unit"], 1)
@@ -140,9 +146,20 @@ def test_the_sentence_tells_whose_doubt_it_is(street, photo):
     assert "The samples agree." in told and told.startswith("Not calibrated: ")
 
 
+def test_more_classes_than_a_byte_holds(photo):
+    labels = np.full((72, 96), 290)
+    labels[:10] = 34
+    maps = {name: np.full((72, 96), 0.5, np.float32) for name in ("confidence", "entropy")}
+    names = tuple(f"c{k}" for k in range(300))
+    colours = np.zeros((300, 3), np.uint8)
+    sight = Sight("photo", seguncert.Result(photo, labels, maps, names, colours, torch.zeros(300, 72, 96)), 0.1)
+    assert (numbers(sight.payload()["labels"]) == labels).all()
+    assert {each["class"] for each in sight.regions[1]} == {34, 290}
+
+
 def test_a_photo_counts_what_it_holds(sight):
     result, pixels = sight.result, 72 * 96
-    held = pixels * (3 + 8 + 4 * len(result.maps) + 4 * len(result.errors)) + 4 * result.logits.numel()
+    held = pixels * (3 + 8 + 2 + 4 * len(result.maps) + 4 * len(result.errors)) + 4 * result.logits.numel()
     assert sight.bytes == held + (4 * 23 * pixels if result.moments is not None else 0)
 
 

@@ -61,8 +61,11 @@ def test_bombs_and_crowds_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(uploads, "MOST_FILES", 3)
     (tmp_path / "in").mkdir()
     bomb = packed(tmp_path / "bomb", [("zeros.png", bytes(2 << 20))], compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="bomb.zip: expected at most 0 GiB unpacked. Received more"):
+    with pytest.raises(ValueError, match="bomb.zip: expected at most 0 GiB unpacked, all zips together. Received more"):
         unpack([("bomb.zip", bomb)], tmp_path / "in")
+    half = packed(tmp_path / "half", [("zeros.png", bytes(600 << 10))])
+    with pytest.raises(ValueError, match="two.zip: expected at most"):
+        unpack([("one.zip", half), ("two.zip", half)], tmp_path / "in")
     crowd = packed(tmp_path / "crowd", [(f"{k}.png", b"") for k in range(4)])
     with pytest.raises(ValueError, match="expected at most 3 files. Received: 4"):
         unpack([("crowd.zip", crowd)], tmp_path / "in")
@@ -81,3 +84,10 @@ def test_damaged_zips_are_one_line(tmp_path):
     (tmp_path / "z").write_bytes(broken)
     with pytest.raises(ValueError, match="z.zip: expected a whole zip without a password"):
         unpack([("z.zip", str(tmp_path / "z"))], tmp_path / "in")
+
+
+def test_names_that_no_disk_takes_are_one_line(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(ValueError, match="cannot be kept here: File name too long") as error:
+        unpack([("x" * 300 + ".png", str(tmp_path / "x"))], tmp_path)
+    assert str(tmp_path) not in str(error.value)

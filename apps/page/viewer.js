@@ -17,17 +17,17 @@ async function pixels(url) {
 }
 const channel = (rgba, k = 0) => { const out = new Uint8Array(rgba.length / 4); for (let i = 0; i < out.length; i++) out[i] = rgba[4 * i + k]; return out; };
 
+const numbers = (rgba) => { const out = new Uint16Array(rgba.length / 4); for (let i = 0; i < out.length; i++) out[i] = rgba[4 * i] * 256 + rgba[4 * i + 1]; return out; };
+
 async function load(value) {
+  asked++;  // an answer about the photo before comes too late
   if (!value) { seen = null; root.dataset.state = "empty"; find("body").hidden = true; find("empty").hidden = false; return; }
   const [w, h] = value.shown, urls = [value.photo, value.labels, value.regions, ...value.maps.map((map) => map.picture)];
-  const [photo, labelled, coded, ...drawings] = await Promise.all(urls.map(pixels));
-  const labels = channel(labelled), regions = new Uint16Array(w * h);
-  for (let i = 0; i < regions.length; i++) regions[i] = coded[4 * i] * 256 + coded[4 * i + 1];
+  const [photo, ...drawings] = await Promise.all(urls.map(pixels)), [labels, regions] = drawings.splice(0, 2).map(numbers);
   const maps = value.maps.map((map, k) => ({ ...map, levels: channel(drawings[k]) }));
   const colours = []; for (const each of value.classes) colours[each.index] = each.colour;
   seen = { ...value, w, h, photo, labels, regions, maps, colours };
-  if (!maps.some((map) => map.name === find("map").value)) fillMaps();
-  else fillMaps(find("map").value, find("other").value);
+  fillMaps(find("map").value, find("other").value);
   chosen = new Set(); mark = null; outlined = 0; zoom = { by: 1, x: 0, y: 0 };
   for (const canvas of canvases) { canvas.width = w; canvas.height = h; canvas.parentElement.style.aspectRatio = `${w} / ${h}`; canvas.parentElement.style.maxWidth = `calc(80vh * ${w / h})`; }
   find("reading").replaceChildren(make("p", "sg-soft", "Click the picture."));
@@ -37,7 +37,7 @@ async function load(value) {
   root.dataset.state = "ready"; root.dataset.token = value.token;
 }
 
-function fillMaps(first, second) {
+function fillMaps(first, second) {  // what was chosen stays chosen, where there still is such a map
   const options = [...seen.maps.map((map) => [map.name, map.title]), ["classes", "Classes, faded by doubt"]];
   find("map").replaceChildren(...options.map(([name, title]) => new Option(title, name, false, name === first)));
   find("other").replaceChildren(new Option("nothing", ""), ...options.map(([name, title]) => new Option(title, name, false, name === second)), new Option("the bare photo", "photo", false, second === "photo"));
@@ -90,13 +90,14 @@ function drawNow() {
   find("opacity-told").textContent = find("opacity").value + " %";
   const below = Number(find("below").value);
   find("below-told").textContent = below >= 100 ? "100 %: all are shown" : below + " %";
-  find("told").replaceChildren(told(below));
+  const line_told = told(below);
+  if (find("told").textContent !== line_told.textContent) find("told").replaceChildren(line_told);  // it is read aloud
   root.dataset.drawn = [name, other, find("how").value, find("divide").value, find("opacity").value, below, [...chosen].join(" ")].join("|");
   legend(name); transform();
 }
 
 function told(below) {
-  const words = [];
+  const words = [`${seen.name}:`];
   if (below < 100) words.push(`${percent(seen.below[below])} of the photo is less than ${below} % sure.`);
   else words.push(`${percent(seen.below[70])} of the photo is less than 70 % sure.`);
   words.push(`${seen.width} × ${seen.height} pixels${seen.w < seen.width ? `, shown as ${seen.w} × ${seen.h}; a click reads the photo's own pixel` : ""}${seen.samples ? `, ${seen.samples} samples` : ""}, ${seen.seconds.toFixed(2)} s.`);
@@ -160,9 +161,9 @@ function outline(number) { if (outlined !== number) { outlined = number; draw();
 function region(number) {
   root.dataset.region = number || "";
   for (const row of find("regions").querySelectorAll("tr")) row.classList.toggle("sg-on", Number(row.dataset.region) === number);
-  if (!number) { find("region").replaceChildren(); outline(0); return; }
+  if (!number) { find("region").replaceChildren(make("p", "sg-soft", "This region is not listed: too small, or not among the least trusted.")); outline(0); return; }
   const each = seen.region_list[number - 1], all = seen.region_list.length;
-  find("region").replaceChildren(make("p", "", `${nameOf(each.class)}: ${each.pixels.toLocaleString("en")} pixels, ${percent(each.share)} of the photo, ${percent(each.confidence)} sure on average; number ${number} of ${all}, counted from the least trusted.`));
+  find("region").replaceChildren(make("p", "", `${nameOf(each.class)}: ${seen.w < seen.width ? "about " : ""}${each.pixels.toLocaleString("en")} pixels, ${percent(each.share)} of the photo, ${percent(each.confidence)} sure on average; number ${number} of the ${all} listed, counted from the least trusted.`));
   outline(number);
 }
 
@@ -172,6 +173,7 @@ function transform() {
   for (const canvas of canvases) {
     canvas.style.transform = `translate(${100 * zoom.x}%, ${100 * zoom.y}%) scale(${zoom.by})`;
     canvas.classList.toggle("sg-near", zoom.by * canvas.clientWidth / seen.w > 2);
+    canvas.parentElement.style.touchAction = zoom.by > 1 ? "none" : "";
   }
   for (const stage of stages) {
     const spot = stage.querySelector(".sg-mark"); spot.hidden = !mark;
@@ -194,7 +196,7 @@ async function ask(x, y) {
   const turn = ++asked, full = { token: seen.token, x: Math.floor((x + 0.5) * seen.width / seen.w), y: Math.floor((y + 0.5) * seen.height / seen.h) };
   let answer;
   try { answer = await server.pixel(full); } catch (error) { answer = { error: "The server does not answer." }; }
-  if (turn === asked) read(answer);
+  if (turn === asked && seen) read(answer);
 }
 
 function read(answer) {
@@ -208,12 +210,13 @@ function read(answer) {
     if (answer.calibrated) { raw.style.left = `calc(${100 * each.raw}% - 1px)`; raw.title = "the net by itself: " + percent(each.raw); track.append(raw); }
     if (each.spread) { const line = make("i", "sg-spread"), low = Math.max(0, each.raw - each.spread), high = Math.min(1, each.raw + each.spread); line.style.left = 100 * low + "%"; line.style.width = 100 * (high - low) + "%"; line.title = "standard deviation of the samples: " + each.spread.toFixed(3); track.append(line); }
     const number = make("span", "sg-number", percent(each.probability)); number.dataset.probability = each.probability; number.dataset.name = each.name;
-    if (each.spread !== undefined) number.append(document.createTextNode(" ± " + (100 * each.spread).toFixed(each.spread < 0.1 ? 1 : 0)));
+    const spread = each.spread === undefined ? "" : ` ± ${(100 * each.spread).toFixed(each.spread < 0.1 ? 1 : 0)}`;
+    if (answer.calibrated) number.append(make("span", "sg-before", `net: ${percent(each.raw)}${spread}`)); else number.append(document.createTextNode(spread));
     bars.append(make("span", "", each.name), track, number);
   }
   const values = make("div", "sg-values");
-  for (const map of seen.maps) if (map.name in answer.maps) values.append(make("span", "", `${map.title.toLowerCase()} ${answer.maps[map.name].toFixed(3)}`));
-  const key = [answer.calibrated ? "upright line: the net by itself" : "", answer.classes[0].spread !== undefined ? "flat line: ± one standard deviation of the samples" : ""].filter(Boolean).join("; ");
+  for (const map of seen.maps) if (map.name in answer.maps) values.append(make("span", "", `${map.title.toLowerCase()} ${(answer.maps[map.name] * map.full_scale).toFixed(3)}${map.unit === "probability" ? "" : " " + map.unit}`));
+  const key = [answer.calibrated ? "upright line: the net by itself" : "", answer.classes[0].spread !== undefined ? "flat line: ± one standard deviation of the samples, before calibration" : ""].filter(Boolean).join("; ");
   const set = answer.set ? [make("p", "", `Its set: ${answer.set.join(", ") || "empty"}.`)] : [];
   box.replaceChildren(make("p", "sg-soft", `column ${answer.x}, row ${answer.y}`), make("p", "", answer.sentence), ...set, bars, make("p", "sg-soft", key), values);
   root.dataset.read = `${answer.x},${answer.y}`;
