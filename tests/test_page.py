@@ -64,6 +64,7 @@ def tab(chromium, served):
     """A tab of a session of its own, with what it asked for since it was opened."""
     address, _ = served
     context = chromium.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
+    context.set_default_timeout(90_000)  # a machine that does other things too
     tab = context.new_page()
     tab.asked, tab.wrong = [], []
     tab.on("request", lambda request: tab.asked.append(request.url))
