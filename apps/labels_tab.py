@@ -37,16 +37,21 @@ def told_of(page: Page, model: str, method: str) -> str:
     text.append(f" Trained on {_text(card['trained_on'])}.</p>" if card.get("trained_on") else "</p>")
     if card.get("measured"):
         text.append(_table(["measured on", ""], card["measured"].items()))
+    asked = next(title for title, name in page.methods if name == method)
     file = net.folder and net.folder / f"calibration-{method}.json"
     if not file or not file.is_file():
         text.append(
-            f"<p><b>There is no calibration for {_text(method)}:</b> its numbers are the net's own, and usually too sure.</p>"
+            f"<p><b>There is no calibration for {asked}:</b> its numbers are the net's own, and usually too sure.</p>"
         )
         return "".join(text)
     found = json.loads(file.read_text(encoding="utf-8"))
-    kind = found["parameters"]["kind"] if found.get("parameters") else "none was surely better than the net itself"
-    text.append(f"<p><b>Calibration for {_text(method)}:</b> {_text(kind)}, fitted on {_text(found['protocol']['pictures'])} labelled"
-                " pictures that the net was not trained on.</p>")  # fmt: skip
+    kind, pictures = (found["parameters"] or {}).get("kind", "none"), found["protocol"]["pictures"]
+    told = (
+        f"{kind}, fitted on {pictures} labelled pictures"
+        if kind != "none"
+        else f"none was surely better than the net itself on {pictures} labelled pictures"
+    )
+    text.append(f"<p><b>Calibration for {asked}:</b> {_text(told)} that the net was not trained on.</p>")
     if held := found["measured"].get("scenes_held_out"):
         rows = ([kind, *(f"{values[name]:.4f}" for name in FIGURES)] for kind, values in held.items())
         text.append(_table(["on scenes held out", *FIGURES.values()], rows))

@@ -27,7 +27,7 @@ from seguncert.tail import LinearTail, UpToDropout, find_tail
 from seguncert.tiles import Look, Piece, Sampler
 
 AT_ONCE = 32  # samples
-HELD = 32 << 20  # bytes of logits of samples that wait to be added
+HELD = 8 << 20  # bytes of logits of samples that wait to be added
 LINES = 16  # of logits, that a thread does in one go
 
 
