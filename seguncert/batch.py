@@ -24,7 +24,7 @@ from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
 from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable
 from seguncert.maps import OF_SETS
 from seguncert.model import Model, evaluating, load_model
-from seguncert.predict import scale_factor
+from seguncert.predict import one_thread, scale_factor
 from seguncert.run import Settings, chosen_maps, chosen_views
 from seguncert.sets import FittedSets, find_sets
 from seguncert.sheets import tiff_writer
@@ -284,7 +284,7 @@ class _Work:
         """Threads that each take a task after another; numpy, OpenCV and torch leave the interpreter lock alone."""
 
         def run(task: Callable[[], object]) -> None:
-            torch.set_num_threads(1)
+            one_thread()
             cv2.setNumThreads(1)
             if not self.stop.is_set():
                 task()
@@ -333,7 +333,7 @@ def _try_alone(job: Job, store: Store, path: str, spec: Spec | None, device: str
 
 
 def _process_alone(job: Job, spec: Spec, device: str, path: str, folder: Path) -> tuple[dict[str, Any], Files]:
-    torch.set_num_threads(1)
+    one_thread()
     model, sampler, _ = job.engine(_load(spec, device, job.insert_dropout), 1)
     return process(job, model, sampler, path, folder)
 

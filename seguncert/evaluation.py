@@ -29,7 +29,7 @@ from seguncert.job import PIXELS, Job, available_cores
 from seguncert.labels import IGNORED, find_labels, read_label, read_labels
 from seguncert.model import Model, ModelError, evaluating
 from seguncert.moments import Moments
-from seguncert.predict import rows_at_size, scale_factor
+from seguncert.predict import one_thread, rows_at_size, scale_factor
 from seguncert.published import image_errors
 from seguncert.run import Settings, chosen_maps, chosen_views, predict_photo
 from seguncert.scores import Scores, boundary_band
@@ -337,7 +337,7 @@ def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
     """
 
     def run(task: Callable[[], T]) -> T:
-        torch.set_num_threads(1)
+        one_thread()
         cv2.setNumThreads(1)
         return task()
 

@@ -164,6 +164,12 @@ def _between(
     return torch.lerp(wide_CSW.index_select(1, upper_R), wide_CSW.index_select(1, lower_R), weight_R1)
 
 
+def one_thread() -> None:
+    """From here on torch takes one core on this thread, whatever other threads set."""
+    torch.get_num_threads()  # at its first call a thread takes over what was set last by any: let that be now
+    torch.set_num_threads(1)
+
+
 def on_all_cores(work: Callable[[T], None], items: Iterable[T]) -> None:
     """Each item once, on as many threads as torch may use, a few items ahead of them; the bits do not depend on how many."""
     count = torch.get_num_threads()
@@ -178,7 +184,7 @@ def on_all_cores(work: Callable[[T], None], items: Iterable[T]) -> None:
             work(item)
 
     under_way = deque[Future[None]]()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(count, initializer=one_thread) as pool, torch.inference_mode():
         for item in items:
             under_way.append(pool.submit(alone, item))
             if len(under_way) > 2 * count:
