@@ -58,7 +58,7 @@ def _gallery(out: Path, C: int, stopped: bool) -> dict[str, Any]:
     means = [name for name in MAPS if done and f"{name}_mean" in done[0]]
     done.sort(key=lambda row: -float(row["entropy_mean"]))
     failed = [{"path": row["path"], "error": row["error"]} for row in rows if row["status"] != "ok"]
-    words = f"{len(done)} photos, the most doubtful (mean entropy) first" + (
+    words = f"{len(done)} photo{'s' * (len(done) != 1)}, the most doubtful (mean entropy) first" + (
         f"; {len(failed)} failed" if failed else ""
     )
     words += f"; the {CARDS} most doubtful are drawn, the zip has all" if len(done) > CARDS else ""

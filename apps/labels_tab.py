@@ -65,9 +65,7 @@ def _text(value: Any) -> str:
 def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th>{_text(each)}</th>" for each in head)
-    return (
-        f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-    )
+    return f"<div class='wide'><table><thead><tr>{titles}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
 
 
 def diagram_of(page: Page, model: str, method: str) -> str:
