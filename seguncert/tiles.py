@@ -164,6 +164,10 @@ class Sampler:
         """Add samples of the block to its moments. A way that draws none adds the one prediction that it makes."""
         raise NotImplementedError
 
+    def parts(self) -> list[Sampler]:
+        """Ways whose moments, merged, are its own, where nothing is drawn."""
+        return [self]
+
     def moments(
         self,
         rgb: UInt8[np.ndarray, "H W 3"],
@@ -251,12 +255,15 @@ class Sampler:
     ) -> Iterator[tuple[int, int, Moments]]:
         """`size` samples after another: how many there are then, of how many, and what to merge into the moments.
 
-        All together they are those of `moments`, but for rounding. A picture that is run in blocks is one step.
+        All together they are those of `moments`, but for rounding. Where nothing is drawn `parts` are counted instead; the
+        samples of a picture that is run in blocks are one step.
         """
         H, W = rgb.shape[:2]
         self._check_bytes(H, W)
         if not self.drawn or not fits(H, W, self.largest(H, W, scale), tile):
-            yield samples, samples, self.moments(rgb, samples, seed, scale, tile)
+            parts = [self] if self.drawn else self.parts()
+            for number, part in enumerate(parts, 1):
+                yield number, len(parts), part.moments(rgb, samples, seed, scale, tile)
             return
         look = Look(Picture(rgb), slice(0, H), slice(0, W), scale, entire=True, again=True)
         for first in range(0, samples, size):

@@ -13,9 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
 from seguncert.maps import parse_method
 from seguncert.model import Model, ModelError, evaluating, net_logits, raw_logits
 from seguncert.moments import Moments
@@ -100,21 +97,9 @@ class Together(Sampler):
         """The largest factor by which a photo of H × W pixels is resized."""
         return max(view.sampler.largest(H, W, scale) * view.zoom for view in self.views)
 
-    def steps(
-        self,
-        rgb: UInt8[np.ndarray, "H W 3"],
-        samples: int = 20,
-        seed: int = 0,
-        scale: str | float = "auto",
-        tile: int | None = None,
-        size: int = 2,
-    ) -> Iterator[tuple[int, int, Moments]]:
-        """As of every sampler; where nothing is drawn, a view after another."""
-        if self.drawn:
-            yield from super().steps(rgb, samples, seed, scale, tile, size)
-            return
-        for number, view in enumerate(self.views, 1):
-            yield number, len(self.views), Together([view]).moments(rgb, samples, seed, scale, tile)
+    def parts(self) -> list[Sampler]:
+        """A view each."""
+        return [Together([view]) for view in self.views]
 
     def add(self, moments: Moments, look: Look, samples: range, seed: int) -> None:
         """Add what each view draws; no two views share masks."""
