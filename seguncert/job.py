@@ -29,6 +29,7 @@ from seguncert.calibration import Calibration, Calibrator
 from seguncert.conformal import ConformalSets
 from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
+from seguncert.moments import Moments, disagreement
 from seguncert.predict import on_backend
 from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
 from seguncert.sheets import Sheet, give_back, let_go, tiff_writer
@@ -227,11 +228,12 @@ def _in_memory(
     job: Job, model: Model, sampler: Sampler | None, rgb: np.ndarray, carry: Carry | None
 ) -> tuple[dict[str, Any], Files]:
     H, W = rgb.shape[:2]
-    sums = _sums(job, sampler)
+    sums, shown = _sums(job, sampler), _Shown(job, len(model.classes))
     if sampler is None and job.settings.needs_sampler(model, H, W):
         sampler = job.settings.sampler([model])
     logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry, job.calibrator, job.sets)
     labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps, job.calibrator, job.sets)
+    shown.add(labels_HW, moments)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
     for name, map_HW in found.items():
         suffix, content = _encode(map_HW, job.format)
@@ -239,7 +241,7 @@ def _in_memory(
     for name, map_HW in [*found.items(), *((_error(name), each) for name, each in errors.items())]:
         sums[name].add(map_HW)
     files["overlay.jpg"] = _overlay(job, rgb, found[job.settings.maps[0]], len(model.classes))
-    told = _told(job, sums, moments.n if job.settings.samples == "auto" and moments else None)
+    told = shown.told() | _told(job, sums, moments.n if job.settings.samples == "auto" and moments else None)
     return told | {"note": job.calibrator.unfamiliar(logits) if job.calibrator else ""}, files
 
 
@@ -251,7 +253,7 @@ def _in_blocks(
         most = min(LARGE, MOST // moments_bytes(len(model.classes), 1, 1))
         raise ModelError(f"samples auto and carry: expected at most {most} pixels for {len(model.classes)} classes."
                          f" Received: {W}x{H}. Set a number of samples, and no carry.")  # fmt: skip
-    errors, sums = job.errors(sampler), _sums(job, sampler)
+    errors, sums, shown = job.errors(sampler), _sums(job, sampler), _Shown(job, len(model.classes))
     stored = np.dtype("<u2" if job.format == "png16" else np.float32)
     sheets = {name: Sheet(scratch / name, H, W, stored) for name in job.settings.maps}
     labels = Sheet(scratch / "labels", H, W, np.dtype(np.uint8))
@@ -259,6 +261,7 @@ def _in_blocks(
     torch.set_num_threads(available_cores())  # it waited until it was alone
     for rows, columns, labels_RW, maps_RW, moments in blocks:
         labels.put(rows, columns, labels_RW)
+        shown.add(labels_RW, moments)
         for name, map_RW in maps_RW.items():
             sums[name].add(map_RW)
             sheets[name].put(rows, columns, np.rint(map_RW * 65535) if stored.kind == "u" else map_RW)
@@ -276,7 +279,7 @@ def _in_blocks(
         files[name + suffix] = file
     files["overlay.jpg"] = _overlay(job, small, first, len(model.classes))
     whole = job.calibrator is not None and "picture" in getattr(job.calibrator, "names", ())
-    return _told(job, sums, None) | {"note": "calibrated block by block" if whole else ""}, files
+    return shown.told() | _told(job, sums, None) | {"note": "calibrated block by block" if whole else ""}, files
 
 
 def _sums(job: Job, sampler: Sampler | None) -> dict[str, _Sums]:
@@ -312,6 +315,29 @@ class _Sums:
         """Upper end of the bin in which that share of the values is reached."""
         reached = int(np.searchsorted(np.cumsum(self.counts_B), share * self.pixels))
         return min(1.0, (reached + 1) / self.bins)
+
+
+class _Shown:
+    """Pixels that show each class, and how far samples disagree on them, added up band by band."""
+
+    def __init__(self, job: Job, C: int):
+        self.told_of, self.limit = job.settings.disagree, "sampling-free" in job.settings.method
+        self.areas_C, self.apart_C, self.weight_C = np.zeros(C, np.int64), *torch.zeros(2, C, dtype=torch.float64)
+
+    def add(self, labels_RW: np.ndarray, moments: Moments | None) -> None:
+        """By rows, since bincount wants eight bytes a pixel."""
+        for start in range(0, len(labels_RW), 256):
+            self.areas_C += np.bincount(labels_RW[start : start + 256].ravel(), minlength=len(self.areas_C))
+        if self.told_of and moments is not None:
+            apart_C, weight_C = moments.dice_sums(self.limit)
+            self.apart_C += apart_C
+            self.weight_C += weight_C
+
+    def told(self) -> dict[str, Any]:
+        """What the ledger says of them."""
+        shown_C = torch.from_numpy(self.areas_C > 0)
+        each = {"disagreement": disagreement(self.apart_C, self.weight_C, shown_C)} if self.told_of else {}
+        return {"areas": self.areas_C.tolist(), **each}
 
 
 def _told(job: Job, sums: dict[str, _Sums], samples: int | None) -> dict[str, Any]:

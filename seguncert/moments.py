@@ -8,6 +8,7 @@ number. With p_s the softmax of sample s and H[p] = −Σ p ln p in nats (Gal, I
     expected entropy    (1/S) Σ_s H[p_s]                   the part that is there in each sample: of the data
     mutual information  H[p̄] − (1/S) Σ_s H[p_s]            the part on which samples disagree: of the model
     variance            (1/S) Σ_s (p_s − p̄)²               per class; summed over classes at most 1 − 1/C
+    disagreement        1 − mean soft Dice of two samples   of a whole picture; see `disagreement`
 
 Sums of p² and squares of sums would lose small variances in float32; what is kept instead is the sum of squared
 deviations from the mean, which merges exactly (Chan, Golub, LeVeque 1983).
@@ -20,8 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+BAND = 1 << 18  # values that are squared at once, so that they stay in cache
 
 
 @dataclass
@@ -132,3 +135,41 @@ class Moments:
         """
         shown_1HW = self.mean_CHW.argmax(0, keepdim=True)
         return (self.squares_CHW.gather(0, shown_1HW)[0] / (self.n * (self.n - 1))).sqrt_()
+
+    def dice_sums(self, limit: bool = False) -> tuple[Float64[Tensor, " C"], Float64[Tensor, " C"]]:
+        """Of each class two sums over the pixels: what parts two samples, and what one weighs; for `disagreement`.
+
+        Over all pairs s ≠ t of n samples the means of (p_s − p_t)² / 2 and of (p_s² + p_t²) / 2 are, with the variance v,
+        v n/(n − 1) and p̄² + v. `limit` is for moments of infinitely many samples, as of the method sampling-free, however
+        they are counted: there the first is v.
+
+        >>> moments = Moments.empty(2, 1, 1)
+        >>> moments.update(torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).view(2, 2, 1, 1))
+        >>> [[round(value, 4) for value in each.tolist()] for each in moments.dice_sums()]
+        [[0.08, 0.08], [0.53, 0.13]]
+        """
+        C, H, W = self.mean_CHW.shape
+        squares_C, spread_C = torch.zeros(C, dtype=torch.float64), torch.zeros(C, dtype=torch.float64)
+        step = max(1, BAND // (C * W))
+        for start in range(0, H, step):
+            rows = slice(start, start + step)
+            squares_C += self.mean_CHW[:, rows].square().sum(2).double().sum(1)
+            spread_C += self.squares_CHW[:, rows].sum(2).double().sum(1)
+        return spread_C / max(self.n if limit else self.n - 1, 1), squares_C + spread_C / max(self.n, 1)
+
+
+def disagreement(apart_C: Float64[Tensor, " C"], weight_C: Float64[Tensor, " C"], shown_C: Bool[Tensor, " C"]) -> float:
+    """1 − soft Dice of two samples of a picture on average, in [0, 1]: how far whole samples differ in what they show.
+
+    Soft Dice with squares (Milletari, Navab, Ahmadi 2016), of class c over the pixels i and all pairs s ≠ t of samples:
+    Σ_i mean 2 p_s p_t / Σ_i mean (p_s² + p_t²), which is 1 − apart / weight of the sums of `Moments.dice_sums`, added up
+    over the blocks of a picture. Classes that are shown somewhere count alike, whatever their area; the others do not.
+
+    >>> apart_C, weight_C = torch.tensor([0.08, 0.08]).double(), torch.tensor([0.53, 0.13]).double()
+    >>> round(disagreement(apart_C, weight_C, torch.tensor([True, False])), 4)
+    0.1509
+    """
+    shown_C = shown_C & (weight_C > 0)
+    if not shown_C.any():
+        return 0.0
+    return float((apart_C[shown_C] / weight_C[shown_C]).mean().clamp(0, 1))

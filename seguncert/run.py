@@ -154,6 +154,11 @@ class Settings:
         """`tile` as a number, or None."""
         return None if isinstance(self.tile, str) else self.tile
 
+    @property
+    def disagree(self) -> bool:
+        """Whether there are samples to tell apart; what is carried from frame to frame is no sample of a frame."""
+        return self.method != "none" and self.carry is None
+
     def fitted_for(self, models: Sequence[Model]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Model and way of sampling, as a calibration knows them: whatever decides how logits are distributed."""
         inserted = [each for each in models[0].card.get("dropout", []) if each.get("inserted")]

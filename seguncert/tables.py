@@ -25,6 +25,7 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
     names = list(store.settings["maps"])
     errors = [f"{name}_error" for name in store.settings.get("errors", [])]
     counted = ["samples"] if store.settings.get("samples") == "auto" else []
+    compared = ["disagreement"] if store.settings["method"] != "none" and "carry" not in store.settings else []
     rows: dict[str, dict[str, Any]] = {}
     histograms = {name: np.zeros(BINS, np.int64) for name in names}
     for line in store.latest():
@@ -37,6 +38,7 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
             _row(line, names)
             | {column: line.get("errors", {}).get(column) for column in errors}
             | {column: line.get(column) for column in counted}
+            | {column: round(line[column], 6) if column in line else None for column in compared}
         )
     ordered = [rows[path] for path in paths if path in rows]
 
@@ -51,6 +53,7 @@ def write_tables(store: Store, source: Path, paths: list[str]) -> dict[str, int]
         *(f"{name}_mean" for name in names),
         *errors,
         *counted,
+        *compared,
         "note",
     ]
     plain, quoted = (

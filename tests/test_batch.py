@@ -25,8 +25,10 @@ import seguncert
 from hostile import make_hostile
 from seguncert import batch, image, job, tiles
 from seguncert.batch import export, list_images
-from seguncert.image import ImageError
+from seguncert.image import ImageError, read_image
 from seguncert.model import build_net, save_model, wrap_model
+from seguncert.tiles import Look, Picture
+from seguncert.views import make_sampler
 
 KILLS = int(os.environ.get("SEGUNCERT_KILLS", "4"))
 
@@ -34,6 +36,11 @@ KILLS = int(os.environ.get("SEGUNCERT_KILLS", "4"))
 def rows_of(out):
     with open(out / "images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def ledger_of(out):
+    lines = [json.loads(line) for line in (Path(out) / "ledger.jsonl").read_text().splitlines()]
+    return {line["path"]: line for line in lines}
 
 
 def tree(out):
@@ -113,6 +120,59 @@ def test_files_hold_what_analyse_says(exported, pictures, small_model):
             assert stored.dtype == np.uint16 and stored.shape == map_HW.shape
             assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
             assert float(row[f"{name}_mean"]) == pytest.approx(map_HW.mean(), abs=1e-6)
+
+
+def test_the_ledger_counts_the_pixels_of_each_class_that_is_shown(exported):
+    out, _ = exported
+    for path, line in ledger_of(out).items():
+        with Image.open(out / path / "labels.png") as labels:
+            shown = np.asarray(labels)
+        assert line["areas"] == [int((shown == c).sum()) for c in range(3)]
+        assert "disagreement" not in line and "embedding" not in line
+    assert "disagreement" not in next(iter(rows_of(out).values()))
+
+
+def disagreement_of(samples, labels):
+    """1 − soft Dice of all pairs of softmax samples, over the classes that are shown."""
+    found, shown = [], [c for c in range(samples.shape[1]) if (labels == c).any()]
+    for c in shown:
+        pairs = [(s, t) for s in range(len(samples)) for t in range(len(samples)) if s != t]
+        both = sum(2 * (samples[s, c] * samples[t, c]).sum() for s, t in pairs)
+        found.append(1 - both / sum((samples[s, c] ** 2 + samples[t, c] ** 2).sum() for s, t in pairs))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("method", ["mc-dropout", "tta", "mc-dropout+tta"])
+def test_the_ledger_says_how_far_samples_disagree(method, pictures, small_model, tmp_path):
+    insert, S = ({"segmentation_head": 0.3}, 4) if "mc-dropout" in method else (None, 1)
+    export(pictures, tmp_path, small_model, device="cpu", method=method, insert_dropout=insert, samples=S if insert else 20)  # fmt: skip
+    lines, rows = ledger_of(tmp_path), rows_of(tmp_path)
+    sampler = make_sampler([seguncert.load_model(small_model, "cpu", insert)], method)
+    for path in list(lines)[::11]:
+        rgb, samples = read_image(pictures / path).rgb, []
+        look = Look(Picture(rgb), slice(0, len(rgb)), slice(0, rgb.shape[1]), entire=True)
+        for number, view in enumerate(sampler.parts()):
+            for s in range(S * number, S * number + S):
+                samples.append(view._draw(look, range(s, s + 1), 0).mean_CHW)
+        samples = torch.stack(samples)
+        assert len(samples) == 4 * S if "tta" in method else S
+        torch.testing.assert_close(samples.mean(0), sampler.moments(rgb, S).mean_CHW, atol=1e-5, rtol=0)
+        with Image.open(tmp_path / path / "labels.png") as labels:
+            expected = disagreement_of(samples.double().numpy(), np.asarray(labels))
+        assert lines[path]["disagreement"] == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+        assert float(rows[path]["disagreement"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_samples_they_disagree_as_infinitely_many_would(pictures, small_model, tmp_path):
+    insert = {"segmentation_head": 0.3}
+    export(pictures, tmp_path, small_model, device="cpu", method="sampling-free", insert_dropout=insert)
+    sampler = make_sampler([seguncert.load_model(small_model, "cpu", insert)], "sampling-free")
+    for path, line in list(ledger_of(tmp_path).items())[::11]:
+        limit, found = sampler.moments(read_image(pictures / path).rgb), []
+        for c in (c for c in range(3) if line["areas"][c]):
+            mean, variance = limit.mean_CHW[c].double(), limit.variance_CHW()[c].double()
+            found.append(1 - (mean**2).sum().item() / (mean**2 + variance).sum().item())
+        assert line["disagreement"] == pytest.approx(np.mean(found), rel=1e-4) and np.mean(found) > 1e-3
 
 
 @pytest.mark.parametrize("format", ["npy", "tiff"])
@@ -510,6 +570,11 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
             cut, expected = read(file), read(whole)
             assert cut.shape == (433, 610) and expected.max() > 0.01
             assert np.abs(cut - expected).max() < 2e-3 and np.abs(cut - expected).mean() < 1e-4
+    one, other = (ledger_of(tmp_path / each)["large.png"] for each in ("whole", "cut"))
+    assert sum(other["areas"]) == 433 * 610
+    np.testing.assert_allclose(one["areas"], other["areas"], atol=433 * 610 * 1e-3)
+    assert ("disagreement" in other) == (method != "none")
+    assert other.get("disagreement", 0) == pytest.approx(one.get("disagreement", 0), rel=1e-3)
     one, other = (rows_of(tmp_path / each)["large.png"] for each in ("whole", "cut"))
     for name in one:
         if name.endswith(("_mean", "_error")):
