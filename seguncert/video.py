@@ -11,7 +11,9 @@ last frame or looks different, k is 0 there, since what has just come into sight
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,6 +25,19 @@ from seguncert.moments import Moments
 DIFFERENT = 24.0  # of 255: mean difference of a pixel's colours from which it is not the same thing
 LONGEST = 32_766  # pixels a side that cv2.remap takes
 FLOW = cv2.DISOPTICAL_FLOW_PRESET_FAST
+
+
+def frame_of(path: str) -> tuple[str, int | None]:
+    """The sequence that a frame belongs to by its name, and the number that the name ends in, None where it has none.
+
+    >>> frame_of("a/drive 1 - 0090.png"), frame_of("b/x.png")
+    (('a/drive 1 - ', 90), ('b/x', None))
+    """
+    suffix = Path(path).suffix
+    name = path[: len(path) - len(suffix)]
+    digits = re.search(r"[0-9]*$", name)
+    number = digits[0] if digits else ""
+    return name[: len(name) - len(number)], int(number) if number else None
 
 
 @dataclass
