@@ -101,7 +101,7 @@ def find_candidates(
         score_N = _scores_of_means(pool, wish.terms) if quick else np.empty(len(pool.paths))
         clicks_N = np.zeros(len(pool.paths), np.int64)
         if not quick:
-            read = _each(lambda image: _look_at_image(pool, wish, weights_C, image), range(len(pool.paths)), workers)
+            read = each_of(lambda image: _look_at_image(pool, wish, weights_C, image), range(len(pool.paths)), workers)
             for image, (score, clicks) in enumerate(read):
                 score_N[image], clicks_N[image] = score, clicks
                 if progress is not None:
@@ -109,7 +109,9 @@ def find_candidates(
         return _of_images(pool, wish, labelled, score_N, clicks_N)
 
     kept, waiting = list[Candidates](), 0
-    parts = _each(lambda image: _look_at_parts(pool, wish, weights_C, labelled, image), range(len(pool.paths)), workers)
+    parts = each_of(
+        lambda image: _look_at_parts(pool, wish, weights_C, labelled, image), range(len(pool.paths)), workers
+    )
     for image, part in enumerate(parts):
         kept.append(part)
         waiting += len(part.image_M)
@@ -258,7 +260,7 @@ def _best(candidates: Candidates) -> Candidates:
     return candidates.at(np.flatnonzero(kept_M))
 
 
-def _each(work: Callable[[int], T], images: Sequence[int], workers: int) -> Iterator[T]:
+def each_of(work: Callable[[int], T], images: Sequence[int], workers: int) -> Iterator[T]:
     """What `work` gives of each, in order, on several threads, a few ahead."""
 
     def alone(image: int) -> T:
