@@ -57,7 +57,7 @@ def _gallery(out: Path, C: int, stopped: bool) -> dict[str, Any]:
     done = [row for row in rows if row["status"] == "ok"]
     means = [name for name in MAPS if done and f"{name}_mean" in done[0]]
     done.sort(key=lambda row: -float(row["entropy_mean"]))
-    failed = [{"path": row["path"], "error": row["error"]} for row in rows if row["status"] != "ok"]
+    failed = [{"path": row["path"], "error": row["error"]} for row in rows if row["status"] == "failed"]
     words = f"{len(done)} photo{'s' * (len(done) != 1)}, the most doubtful (mean entropy) first" + (
         f"; {len(failed)} failed" if failed else ""
     )

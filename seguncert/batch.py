@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import cv2
 import torch
 
 from seguncert.calibration import Calibration, find_calibration
+from seguncert.embedding import Embedder
 from seguncert.image import IMAGE_SUFFIXES, MAX_PIXELS
 from seguncert.job import FORMATS, Files, Job, available_cores, look_back, process, readable
 from seguncert.maps import OF_SETS
@@ -72,6 +74,7 @@ def export(
     device: str = "auto",
     backend: str = "torch",
     precision: str = "auto",
+    embeddings: bool = False,
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Exported:
@@ -90,6 +93,8 @@ def export(
         insert_dropout: as in `seguncert.load_model`; only for a model that is loaded here.
         backend, precision: torch gives the numbers of `seguncert.analyse`; auto takes OpenVINO where it is installed and
             agrees with them, as `seguncert.backends` tells. run.json says which it was.
+        embeddings: whether to take pooled deep features of the same passes, 64 numbers an image at most, into the ledger
+            and, a row for each of images.csv, into embeddings.npy; see `seguncert.embedding`. The net then runs on torch.
         workers: images under way at once, a core each, so that the bits do not depend on how many; None is one per
             core, at most 16.
         max_pixels: larger images are not decoded; they become a failed row.
@@ -108,6 +113,10 @@ def export(
         raise ValueError(f"conformal: expected with it the map {OF_SETS}. Received: maps {', '.join(settings.maps)}")
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}. Received: {format!r}")
+    if embeddings and backend == "openvino":
+        raise ValueError("embeddings: expected with them the backend torch or auto, since OpenVINO does not show a net's inner"
+                         " features. Received: openvino. Set another backend, or leave embeddings out.")  # fmt: skip
+    backend = "torch" if embeddings and backend == "auto" else backend
     if format == "tiff":
         tiff_writer()
     if not source.is_dir():
@@ -132,8 +141,12 @@ def export(
         conformal, models[0].folder, *settings.fitted_for(models), fitted, asked=asked, overridden=calibration != "auto"
     )
     sets = of_model.sets if of_model and asked else None
-    job = Job(source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted, sets)
+    job = Job(
+        source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted, sets, embeddings
+    )
     net, sampler, engine = job.engine(models, workers)
+    embedder = job.embedder(models, sampler)
+    engine |= {"embedding": embedder.how} if embedder else {}
     store = Store(out, job.run_json(models, sampler, engine))
     stopped, threads = None, (torch.get_num_threads(), cv2.getNumThreads())
     try:
@@ -143,8 +156,8 @@ def export(
         count = _counter(progress, before, len(paths))
         todo.sort(key=lambda path: store.interrupted.get(path, 0))
         try:
-            with sampler.ready() if sampler else evaluating(net.module):
-                work = _Work(job, net, sampler, store, count)
+            with sampler.ready() if sampler else evaluating(net.module), _listening(embedder):
+                work = _Work(job, net, sampler, embedder, store, count)
                 if carry is None:
                     work.all((partial(work.photo, path) for path in todo if path not in suspects), workers)
                 else:
@@ -231,6 +244,7 @@ class _Work:
     job: Job
     model: Model
     sampler: Sampler | None
+    embedder: Embedder | None
     store: Store
     count: Callable[[str], None]
     stop: threading.Event = field(default_factory=threading.Event)
@@ -238,7 +252,7 @@ class _Work:
     def photo(self, path: str, carry: Carry | None = None, past: str = "") -> bool:
         """Take an image from file to files; whether that went well."""
         folder = self.store.begin(path)
-        line, files = process(self.job, self.model, self.sampler, path, folder, carry)
+        line, files = process(self.job, self.model, self.sampler, path, folder, carry, self.embedder)
         self.store.finish(folder, line | {"past": past} if carry else line, files)
         self.count(line["status"])
         return line["status"] == "ok"
@@ -334,8 +348,15 @@ def _try_alone(job: Job, store: Store, path: str, spec: Spec | None, device: str
 
 def _process_alone(job: Job, spec: Spec, device: str, path: str, folder: Path) -> tuple[dict[str, Any], Files]:
     one_thread()
-    model, sampler, _ = job.engine(_load(spec, device, job.insert_dropout), 1)
-    return process(job, model, sampler, path, folder)
+    models = _load(spec, device, job.insert_dropout)
+    model, sampler, _ = job.engine(models, 1)
+    embedder = job.embedder(models, sampler)
+    with _listening(embedder):
+        return process(job, model, sampler, path, folder, embedder=embedder)
+
+
+def _listening(embedder: Embedder | None) -> AbstractContextManager[None]:
+    return embedder.listening() if embedder else nullcontext()
 
 
 def _load(spec: Spec, device: str, insert_dropout: Mapping[str, float]) -> list[Model]:

@@ -63,6 +63,18 @@ class Kind(str, Enum):
     lac_empty = "lac-empty"
 
 
+class Unit(str, Enum):
+    image = "image"
+    region = "region"
+    segment = "segment"
+    pixel = "pixel"
+
+
+class BudgetIn(str, Enum):
+    units = "units"
+    clicks = "clicks"
+
+
 class Format(str, Enum):
     png16 = "png16"
     npy = "npy"
@@ -105,6 +117,13 @@ WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="images under way at once, a core each [default: all cores, at most 16]")
 ]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, help="larger images are named as failed")]
+
+
+ExportedArgument = Annotated[Path, typer.Argument(metavar="EXPORTED", help="folder that `seguncert export` wrote")]
+BackgroundOption = Annotated[
+    str | None,
+    typer.Option(help="class that is no foreground, for scores of the foreground [default: the first of two]"),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -199,6 +218,13 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="auto: bf16 on OpenVINO where the maps agree with fp32, fp32 on torch")
     ] = Precision.auto,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="pooled deep features of the same pass too, in embeddings.npy and the ledger, to choose images that differ",
+        ),
+    ] = False,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="larger images are not decoded but named as failed")
     ] = 100_000_000,
@@ -242,6 +268,7 @@ def export(
                 device=device.value,
                 backend=backend.value,
                 precision=precision.value,
+                embeddings=embeddings,
                 max_pixels=max_pixels,
             ),
         )
@@ -623,6 +650,153 @@ def conformal(
     raise typer.Exit(FAILED if result.failed else 0)
 
 
+@app.command()
+def select(
+    exported: ExportedArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; an earlier selection is replaced")],
+    budget: Annotated[int | None, typer.Option(help="how much may be picked. Required")] = None,
+    budget_in: Annotated[
+        BudgetIn, typer.Option(help="units, or clicks that labelling is estimated to take")
+    ] = BudgetIn.units,
+    unit: Annotated[Unit, typer.Option(help="what is picked: whole images, parts of them, or pixels")] = Unit.image,
+    region: Annotated[
+        str, typer.Option(help="of the unit region: grid:SIDE or superpixel:AREA, in pixels")
+    ] = "grid:64",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="MAP:KIND, KIND one of mean, no-boundary, class-weighted, foreground, top:PERCENT, patch:SIDE; ^POWER and *"
+            " combine: entropy:mean*variance:top:5^0.5; or disagreement of samples [default: entropy:class-weighted]"
+        ),
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="list of what is labelled: a text file of paths, or a selection.csv of earlier; several times"
+        ),
+    ] = None,
+    diversity: Annotated[
+        float | None,
+        typer.Option(help="power of the distance to what is labelled or picked; 0: by score alone [default: 1]"),
+    ] = None,
+    radius: Annotated[
+        float | None,
+        typer.Option(
+            help="what is nearer is too similar, in typical distances of two images [default: 0.1, of parts 0]"
+        ),
+    ] = None,
+    gap: Annotated[
+        str,
+        typer.Option(
+            help="frames of a video must be so far apart in number, or as 10s in time; auto: half of an even spread, for images"
+        ),
+    ] = "auto",
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=SHARE", help="share of the picked area that a class is to reach; several times"),
+    ] = None,
+    per_image: Annotated[int, typer.Option(min=1, help="pixels of an image at most, of the unit pixel")] = 20,
+    background: BackgroundOption = None,
+    hand_over: Annotated[
+        str,
+        typer.Option(
+            help="files for labelling tools: any of coco, cvat, cvat-masks, label-studio, png; comma between; or none"
+        ),
+    ] = "coco,cvat,cvat-masks,label-studio,png",
+    seed: Annotated[int, typer.Option(min=0, help="of the random picks")] = 0,
+    workers: WorkersOption = None,
+) -> None:
+    """Choose what to label next of an exported folder.
+
+    By doubt and by how different it is from what is labelled or picked; needs no model. Writes selection.csv and .html,
+    files for labelling tools, and random and plain picks of the same budget for comparison.
+    """
+    with _one_line_errors():
+        if budget is None:
+            raise ValueError("budget: expected how much may be picked. Received: nothing. Give --budget N.")
+        from seguncert.selection import select as pick
+
+        with _progress("reading maps: ") as progress, _tidy_stop():
+            try:
+                found = pick(
+                    exported,
+                    out,
+                    budget=budget,
+                    budget_in=budget_in.value,
+                    unit=unit.value,
+                    region=region,
+                    score=score,
+                    labelled=labelled or [],
+                    diversity=diversity,
+                    radius=radius,
+                    gap=gap,
+                    quotas=_quotas(quota or []),
+                    per_image=per_image,
+                    background=background,
+                    hand_over=() if hand_over == "none" else _listed(hand_over) or (),
+                    seed=seed,
+                    workers=workers,
+                    progress=lambda done, total: progress(done, 0, total),
+                )
+            except KeyboardInterrupt:
+                err.print("stopped; nothing was written")
+                raise typer.Exit(STOPPED) from None
+        for note in found.notes:
+            err.print(f"note: {note}")
+        images = len({pick.path for pick in found.picks})
+        err.print(
+            f"{len(found.picks)} {unit.value}s picked" + ("" if unit is Unit.image else f" in {images} images")
+            + f", of {found.about['candidates']:,} by {found.about['score']}"
+        )  # fmt: skip
+        err.print(f"contact sheet: {out / 'selection.html'}")
+
+
+@app.command("rank-scores")
+def rank(
+    exported: ExportedArgument,
+    labels: LabelsArgument,
+    ignore_index: IgnoreOption = None,
+    side: Annotated[int, typer.Option(min=1, help="of the cells, in pixels")] = 64,
+    background: BackgroundOption = None,
+    replicates: Annotated[int, typer.Option(min=1, help="of the bootstrap that makes the intervals")] = 200,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="table to write too")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the intervals")] = 0,
+    workers: WorkersOption = None,
+) -> None:
+    """Which score finds the images and cells with most error?
+
+    On exported images of which you have labels, so that `select --score` can be chosen on your own data.
+    """
+    with _one_line_errors():
+        ignored = _ignored(ignore_index)
+        from seguncert.ranking import rank_scores, table_of
+
+        with _progress("judging: ") as progress, _tidy_stop():
+            try:
+                found = rank_scores(
+                    exported,
+                    labels,
+                    ignore_index=ignored,
+                    side=side,
+                    background=background,
+                    replicates=replicates,
+                    seed=seed,
+                    workers=workers,
+                    progress=lambda done, total: progress(done, 0, total),
+                )
+            except KeyboardInterrupt:
+                raise typer.Exit(STOPPED) from None
+        _say(*table_of(found), {})
+        for note in found.notes:
+            err.print(f"note: {note}")
+        err.print(f"intervals: middle 95 % of {replicates} replicates over clusters: {found.clusters.about}")
+        if out is not None:
+            from seguncert.store import write_file
+
+            write_file(out, found.csv())
+            err.print(f"table: {out}")
+
+
 def _fit(names: list[str], job: Callable[..., T]) -> T:
     """What the job gives, with progress; a fit is whole or not at all."""
     with _progress(f"{', '.join(names)}: ") as progress, _tidy_stop():
@@ -682,6 +856,19 @@ def _place(text: str) -> tuple[str, float]:
         return place, float(p)
     except ValueError:
         raise ValueError(f"insert-dropout: expected PLACE:P, as segmentation_head:0.2. Received: {text!r}") from None
+
+
+def _quotas(texts: list[str]) -> dict[str, float]:
+    quotas = dict[str, float]()
+    for text in texts:
+        name, _, share = text.rpartition("=")
+        try:
+            quotas[name] = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"quota: expected CLASS=SHARE, as Bicyclist=0.05. Received: {text!r}")
+    return quotas
 
 
 def _run_batch(model: str, out: Path, job: Callable[..., Exported]) -> int:

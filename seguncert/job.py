@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,11 @@ from seguncert import maps as maps_
 from seguncert import render
 from seguncert.calibration import Calibration, Calibrator
 from seguncert.conformal import ConformalSets
+from seguncert.embedding import Embedder, encode
 from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image
 from seguncert.model import Model, ModelError
 from seguncert.moments import Moments, disagreement
-from seguncert.predict import on_backend
+from seguncert.predict import on_backend, predict_logits
 from seguncert.run import Settings, describe_blocks, describe_photo, draw_overlay, predict_photo
 from seguncert.sheets import Sheet, give_back, let_go, tiff_writer
 from seguncert.store import FULL, OURS, cannot_write, stamp_of
@@ -57,6 +58,7 @@ class Job:
     precision: str = "auto"
     calibration: Calibration | None = None
     sets: ConformalSets | None = None
+    embeddings: bool = False
 
     @property
     def calibrator(self) -> Calibrator | None:
@@ -79,6 +81,19 @@ class Job:
         about |= {"carry": settings.carry} if settings.carry is not None else {}
         about |= {"max_error": settings.max_error} if settings.samples == "auto" else {}
         return models[0], sampler, about | {"inserted_dropout": self.insert_dropout, **sampler.how}
+
+    def embedder(self, models: Sequence[Model], sampler: Sampler | None) -> Embedder | None:
+        """What takes embeddings, if they are asked for; those of an ensemble are of its first net."""
+        if not self.embeddings:
+            return None
+
+        def predict(rgb: np.ndarray) -> None:
+            if sampler is None:
+                predict_logits(models[0], rgb, "native")
+            else:
+                sampler.parts()[0].moments(rgb, 2, scale="native", tile=max(rgb.shape))
+
+        return Embedder(models[0], predict)
 
     def errors(self, sampler: Sampler | None) -> list[str]:
         """Maps whose Monte-Carlo error is told."""
@@ -156,9 +171,19 @@ Files = dict[str, "bytes | Path"]  # contents, or where a file lies that is to b
 
 
 def process(
-    job: Job, model: Model, sampler: Sampler | None, path: str, scratch: Path, carry: Carry | None = None
+    job: Job,
+    model: Model,
+    sampler: Sampler | None,
+    path: str,
+    scratch: Path,
+    carry: Carry | None = None,
+    embedder: Embedder | None = None,
 ) -> tuple[dict[str, Any], Files]:
-    """Ledger line and files of one image. `scratch` is an empty folder for what does not fit into memory."""
+    """Ledger line and files of one image. `scratch` is an empty folder for what does not fit into memory.
+
+    An `embedder` must be listening. Of an image that is done the line has `mean`, `histogram` and `areas`, the pixels
+    that show each class; where there are samples `disagreement`, and where asked for `errors`, `samples`, `embedding`.
+    """
     started = time.perf_counter()
     file, stamp = job.source / path, stamp_of(job.source / path)
     line: dict[str, Any] = {"path": path, "status": "failed", "error": "", "input": stamp}
@@ -171,12 +196,15 @@ def process(
     try:
         photo = _read(job, path, scratch / "pixels")
         H, W = photo.rgb.shape[:2]
-        with PIXELS.take(_weight(model, sampler, photo.rgb)):
+        taking = embedder.photo() if embedder else nullcontext()
+        with PIXELS.take(_weight(model, sampler, photo.rgb)), taking as pooled:
             sampled = sampler is not None or job.settings.needs_sampler(model, H, W)
             if H * W > LARGE or (sampled and moments_bytes(len(model.classes), H, W) > MOST):
                 found, files = _in_blocks(job, model, sampler, photo.rgb, scratch)
             else:
                 found, files = _in_memory(job, model, sampler, photo.rgb, carry)
+        if embedder and pooled:
+            found["embedding"] = encode(embedder.embedding(pooled))
     except (ImageError, ModelError) as error:
         return line | {"error": str(error)}, {}
     except OSError as error:

@@ -21,19 +21,22 @@ from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LONGEST_LINE = 1 << 20
-OURS = {"run.json", "ledger.jsonl", "images.csv", "report.html", ".partial"}  # names at the top of an output folder
+OURS = {  # names at the top of an output folder
+    "run.json", "ledger.jsonl", "images.csv", "report.html", "embeddings.npy", ".partial",
+}  # fmt: skip
 
 
 class StoreError(RuntimeError):
     """The output folder cannot be used or written to; one line: what, expected, received, what to do."""
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, *contents: bytes | str | memoryview) -> None:
     """Write a file so that it is seen whole or not at all: a hidden neighbour first, then a rename."""
     part = path.with_name(f".{path.name}.part")
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     try:
-        part.write_bytes(data)
+        with open(part, "wb") as file:
+            for content in contents:
+                file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as error:
         raise cannot_write(path, error) from None
