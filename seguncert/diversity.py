@@ -92,7 +92,7 @@ class Greedy:
         self.seen_K = np.zeros(K, np.int64)  # centres that a chunk's distances know of
         reach = 2 * float(np.sqrt((self._centred() ** 2).sum(1).max())) if D and N else 1.0
         self.far = np.float32(max(reach, 1e-6))  # no distance is larger; of what has no centre yet it is the bound
-        self.bound_K = np.array([self.worth_N[self.order_N[k * CHUNK]] for k in range(K)]) * self._power(self.far)
+        self.bound_K = self.worth_N[self.order_N[::CHUNK]] * float(self.far) ** self.a
         self.left_out: dict[int, int] = {}
 
     def take(self, among_N: Bool[np.ndarray, " N"] | None = None) -> Taken | None:
@@ -132,13 +132,10 @@ class Greedy:
         parts = np.concatenate([self.vectors_ND, self.centres_MD[: self.centres]])
         return parts - parts.mean(0, dtype=np.float64).astype(np.float32)
 
-    def _power(self, distance: np.ndarray | np.float32) -> np.ndarray:
-        return np.power(np.asarray(distance, np.float64), self.a)
-
     def _gain(self, rows: np.ndarray) -> np.ndarray:
         square = self.square_N[rows]
         distance = np.where(np.isfinite(square), np.sqrt(square), self.far)
-        return self.worth_N[rows] * self._power(distance)
+        return self.worth_N[rows] * distance.astype(np.float64) ** self.a
 
     def _bring_up_to_date(self, k: int, rows: np.ndarray) -> None:
         if self.vectors_ND.shape[1] and self.seen_K[k] < self.centres:

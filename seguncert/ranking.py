@@ -45,6 +45,28 @@ class Ranking:
     clusters: Clusters
     notes: list[str]
 
+    def csv(self) -> str:
+        """All rows as a table."""
+        columns = ["unit", "score", *(part for name in FIGURES for part in (name, f"{name}_low", f"{name}_high"))]
+        lines = [",".join(columns)]
+        for row in self.rows:
+            numbers = [value for name in FIGURES for value in (row[name], *row[f"{name}_interval"])]
+            lines.append(",".join([row["unit"], row["score"], *(f"{value:.6g}" for value in numbers)]))
+        return "\n".join(lines) + "\n"
+
+
+def table_of(found: Ranking) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as they are printed; of each unit a random order last."""
+    header = ["unit", "score", "Spearman", "AURC", f"errors in the first {FIRST:.0%}"]
+    rows = list[list[str]]()
+    for unit, rate in found.error_rate.items():
+        for row in found.rows:
+            if row["unit"] == unit:
+                cells = ["{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"]) for name in FIGURES]
+                rows.append([unit, row["score"], *cells])
+        rows.append([unit, "(random order)", "0", f"{rate:.3f}", f"{FIRST:.3f}"])
+    return header, rows
+
 
 @dataclass(frozen=True, eq=False)
 class _Image:

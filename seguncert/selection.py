@@ -13,7 +13,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from seguncert import contact
+from seguncert import annotation, contact
 from seguncert.aggregate import DISAGREEMENT, doubt_of, parse_score
 from seguncert.candidates import Candidates, Wish, check_wish, find_candidates, partition, pixel_worth, vectors
 from seguncert.choice import Asked, Chosen, Pick, choose, in_order
@@ -38,6 +38,22 @@ COLUMNS = (
     "rank", "path", "unit", "x", "y", "width", "height", "number", "score", "distance", "clicks", "sequence", "frame", "class",
     "reason",
 )  # fmt: skip
+FILES = {  # beside the contact sheet, by what asks for them
+    "": [
+        (
+            "selection.csv",
+            "the picks in their order; `seguncert select --labelled selection.csv` takes them for labelled",
+        ),
+        ("random.csv", "random picks of the same budget; beside them plain.csv, by a plain mean"),
+    ],
+    "coco": [("coco.json", "COCO with RLE masks: pycocotools, FiftyOne, CVAT (as “COCO 1.0”)")],
+    "cvat": [("cvat.xml", "CVAT: make a task with the labels of cvat-labels.json, then upload as “CVAT 1.1”")],
+    "cvat-masks": [("cvat-masks.zip", "CVAT: upload as “Segmentation mask 1.1”; pre-labels only")],
+    "label-studio": [
+        ("label-studio.json", "Label Studio: a project with the interface of label-studio.xml, then import")
+    ],
+    "png": [("png/items.csv", "pre-labels as PNGs of class indices, 255 where there is none, and this table")],
+}
 PICTURES = 200  # on the contact sheet
 MENTIONED = 0.15  # share of the doubt from which on a class is worth a word
 PLAIN = "entropy"  # the map whose plain mean is compared with, where the export has it
@@ -72,6 +88,8 @@ def select(
     quotas: Mapping[str, float] | None = None,
     per_image: int = 20,
     background: str | None = None,
+    hand_over: Sequence[str] = (),
+    url_prefix: str = annotation.LOCAL_FILES,
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -94,6 +112,8 @@ def select(
             an even spread of the budget would leave, for images.
         quotas: by class the share of the picked area, as predicted, that is to be reached.
         background: class that is not foreground, for scores of the foreground; None is the first of two.
+        hand_over: files for labelling tools, of `seguncert.annotation.FORMATS`, with the shown classes as pre-labels;
+            `url_prefix` goes before the paths in those of Label Studio.
         seed: of the random picks.
 
     Raises:
@@ -119,7 +139,10 @@ def select(
             f"diversity: expected an export with embeddings. Received: {exported}, which has none. Export again with"
             " --embeddings, into a new folder, or give --diversity 0."
         )
-    _check_out(exported, out)
+    unknown = [name for name in hand_over if name not in annotation.FORMATS]
+    if unknown:
+        raise ValueError(f"hand-over: expected some of {', '.join(annotation.FORMATS)}. Received: {unknown[0]!r}")
+    _check_out(out)
     known = read_labelled(labelled, pool.paths)
     found = find_candidates(pool, wish, known, workers or min(available_cores(), 16), progress)
     left = int((~found.labelled_M).sum())
@@ -137,16 +160,22 @@ def select(
     picks = [
         replace(pick, reason=reason) for pick, reason in zip(chosen.picks, scene.reasons(chosen.picks), strict=True)
     ]
-    about = scene.about(picks, drawn, greedy, chosen)
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, rows in (("selection", picks), ("random", drawn), ("plain", greedy)):
             write_file(part / f"{name}.csv", _table(rows))
-        write_file(part / "selection.json", json.dumps(about, indent=2) + "\n")
         scene.write_regions(part / "regions", picks)
-        write_file(part / "selection.html", scene.sheet(picks, drawn, greedy, chosen, about))
+        colours_C3 = np.array(pool.run["model"]["colours"], np.uint8)
+        chosen.notes.extend(
+            annotation.hand_over(
+                part, pool.classes, colours_C3, scene.items(picks), formats=hand_over, url_prefix=url_prefix
+            )
+        )
+        about = scene.about(picks, drawn, greedy, chosen)
+        write_file(part / "selection.html", scene.sheet(picks, chosen, about, hand_over))
+        write_file(part / "selection.json", json.dumps(about, indent=2) + "\n")
         if out.exists():
             shutil.rmtree(out)
         os.replace(part, out)
@@ -168,7 +197,7 @@ def _background(pool: Pool, asked: Asked) -> int:
     return pool.classes.index(asked.background)
 
 
-def _check_out(exported: Path, out: Path) -> None:
+def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "selection.json").is_file())):
         raise ValueError(
             f"OUT: expected a new folder, or one of an earlier selection. Received: {out}, which holds something else"
@@ -312,9 +341,28 @@ class _Scene:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(cv2.imencode(".png", kept_HW)[1].tobytes())
 
-    def sheet(
-        self, picks: Sequence[Pick], drawn: Sequence[Pick], plain: Sequence[Pick], chosen: Chosen, about: dict[str, Any]
-    ) -> str:
+    def items(self, picks: Sequence[Pick]) -> Iterator[annotation.Item]:
+        """What labelling tools are told of each picked image."""
+        for image, places in self.by_image(picks).items():
+            first, parts = picks[places[0]], self.regions_of(image)
+            H, W = self.pool.sizes_N2[image].tolist()
+            regions = [] if parts is None else [
+                annotation.Region(
+                    picks[at].rank, picks[at].box, None if self.boxed else parts.mask(picks[at].number - 1), picks[at].score,
+                    picks[at].reason,
+                )
+                for at in places
+            ]  # fmt: skip
+            yield annotation.Item(
+                first.path, W, H, self.pool.labels(image), first.rank, first.score, first.reason, tuple(regions)
+            )
+
+    @property
+    def boxed(self) -> bool:
+        """Whether parts are whole boxes."""
+        return self.wish.unit == "pixel" or (self.wish.unit == "region" and self.wish.region.startswith("grid"))
+
+    def sheet(self, picks: Sequence[Pick], chosen: Chosen, about: dict[str, Any], formats: Sequence[str]) -> str:
         """The contact sheet as HTML."""
         similar = chosen.similar[: contact.PAIRS]
         pictures = dict[str, bytes]()
@@ -325,10 +373,7 @@ class _Scene:
             if path and path not in pictures:
                 pictures[path] = self._picture(row_of[path], [])
         files = [
-            (
-                "selection.csv",
-                "the picks in order, as a table; `select --labelled selection.csv` takes them for labelled",
-            )
+            (name, told) for kind, told_of in FILES.items() if not kind or kind in formats for name, told in told_of
         ]
         return contact.render_sheet(
             contact.Sheet(
@@ -377,11 +422,7 @@ class _Scene:
         if parts is None:
             return contact.outlined_jpeg(rgb)
         boxes = [pick.box for pick in picks]
-        masks = (
-            None
-            if self.wish.region.startswith("grid") and self.wish.unit == "region"
-            else [parts.mask(pick.number - 1) for pick in picks]
-        )
+        masks = None if self.boxed else [parts.mask(pick.number - 1) for pick in picks]
         return contact.outlined_jpeg(rgb, boxes, masks, [pick.rank for pick in picks])
 
 
