@@ -635,6 +635,10 @@ def test_frames_of_a_video_carry_their_past_also_over_a_break(pictures, small_mo
         for name, map_HW in result.maps.items():
             stored = cv2.imread(str(tmp_path / "whole" / path / f"{name}.png"), cv2.IMREAD_UNCHANGED)
             assert np.abs(stored / 65535 - map_HW).max() <= 1 / 65535
+    sampled = {"method": "mc-dropout", "samples": 2, "insert_dropout": {"segmentation_head": 0.3}}
+    export(source, tmp_path / "sampled", small_model, **settings | sampled)
+    assert not any("disagreement" in line for line in ledger_of(tmp_path / "sampled").values()), "others are in it"
+    assert "disagreement" not in next(iter(rows_of(tmp_path / "sampled").values()))
     with pytest.raises(ValueError, match="variance describe the spread of samples, and one pass has none"):
         export(source, tmp_path / "o", small_model, **settings | {"maps": ["variance"]})
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CARD, CONFIG
-from test_batch import ledger_of, rows_of, tree
+from test_batch import command, ledger_of, rows_of, tree
 from test_prefix import NETS, assert_state, state_of, wrap
 from torch import nn
 
@@ -301,14 +302,14 @@ def test_threads_and_runs_side_by_side_take_their_own(photo):
         for _ in range(5):
             with embedder.photo() as pooled:
                 predict_photo(net, sampler, photos[k], runs[run][0])
-            found[run][k] = embedder.embedding(pooled)
+            found[run][k] = embedder.embedding(pooled) if pooled.places == 19 * (28 - 2 * k) else None
 
     threads = [threading.Thread(target=take, args=(run, k)) for run in (0, 1) for k in range(4)]
     with runs[0][3].listening(), runs[1][3].listening():
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     for run in (0, 1):
-        assert all((a == b).all() for a, b in zip(found[run], expected, strict=True))
+        assert all((a == b).all() for a, b in zip(found[run], expected, strict=True)), "each place once, the same bits"
 
 
 # The export
@@ -447,6 +448,19 @@ def test_openvino_is_refused_and_auto_is_torch(pictures, small_model, tmp_path):
     assert not (tmp_path / "out").exists()
     export(pictures, tmp_path / "out", small_model, embeddings=True, backend="auto")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["backend"] == "torch fp32"
+
+
+def test_the_command(pictures, small_model, tmp_path):
+    def run(*more):
+        arguments = command("export", pictures, tmp_path / "out", "--model", small_model, "--embeddings", *more)
+        found = subprocess.run(arguments, capture_output=True, text=True)
+        return found.returncode, found.stderr
+
+    code, told = run("--backend", "openvino")
+    assert code == 2 and "embeddings: expected with them the backend torch or auto" in told and "Traceback" not in told
+    code, told = run()
+    assert code == 0, told
+    assert np.isfinite(np.load(tmp_path / "out" / "embeddings.npy")).all()
 
 
 def test_half_precision_shows_its_features_too(photo):
