@@ -163,10 +163,11 @@ def test_the_ledger_says_how_far_samples_disagree(method, pictures, small_model,
         assert float(rows[path]["disagreement"]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_without_samples_they_disagree_as_infinitely_many_would(pictures, small_model, tmp_path):
+@pytest.mark.parametrize("method", ["sampling-free", "sampling-free+tta"])
+def test_without_samples_they_disagree_as_infinitely_many_would(method, pictures, small_model, tmp_path):
     insert = {"segmentation_head": 0.3}
-    export(pictures, tmp_path, small_model, device="cpu", method="sampling-free", insert_dropout=insert)
-    sampler = make_sampler([seguncert.load_model(small_model, "cpu", insert)], "sampling-free")
+    export(pictures, tmp_path, small_model, device="cpu", method=method, insert_dropout=insert)
+    sampler = make_sampler([seguncert.load_model(small_model, "cpu", insert)], method)
     for path, line in list(ledger_of(tmp_path).items())[::11]:
         limit, found = sampler.moments(read_image(pictures / path).rgb), []
         for c in (c for c in range(3) if line["areas"][c]):
