@@ -20,6 +20,7 @@ from seguncert.apps.folder_tab import folder_tab
 from seguncert.apps.labels_tab import labels_tab
 from seguncert.apps.place import EXAMPLES, PLACE, clean, gr
 from seguncert.apps.samples import write_samples
+from seguncert.apps.select_tab import select_tab
 from seguncert.apps.sessions import Forgotten, Sessions
 from seguncert.apps.sight import SAMPLES, Sight, settings, with_sets
 from seguncert.apps.uploads import photo_input
@@ -133,6 +134,8 @@ def build(models: str | Sequence[str]) -> gr.Blocks:
             _image_tab(page)
         with gr.Tab("Folder"):
             folder_tab(page, _file)
+        with gr.Tab("Select"):
+            select_tab(page)
         with gr.Tab("Calibration"):
             labels_tab(page)
         with gr.Accordion("What do these maps mean, and what can they not tell?", open=False):

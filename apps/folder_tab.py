@@ -44,11 +44,11 @@ def run_folder(
 
         nets, chosen = page.models(model, method), settings(method, samples, calibrated)
         try:
-            export(source, out, nets if len(nets) > 1 else nets[0], progress=tell, **chosen)
+            export(source, out, nets if len(nets) > 1 else nets[0], embeddings=True, progress=tell, **chosen)
         except KeyboardInterrupt:
             if not (out / "images.csv").is_file():
                 raise ValueError("Stopped before the first photo was done.") from None
-        return _gallery(out, len(nets[0].classes), stop.is_set()), _zipped(out, place / ZIP)
+        return _gallery(out, len(nets[0].classes), stop.is_set()), zipped(out, place / ZIP)
 
 
 def _gallery(out: Path, C: int, stopped: bool) -> dict[str, Any]:
@@ -80,14 +80,16 @@ def _small(file: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(picture, 85)).decode()
 
 
-def _zipped(out: Path, target: Path) -> Path:
-    """All that export wrote; pictures are packed as they are."""
+def zipped(out: Path, target: Path) -> Path:
+    """All files of a folder; pictures are packed as they are."""
     with zipfile.ZipFile(target, "w") as archive:
         for file in sorted(out.rglob("*")):
             name = file.relative_to(out)
             if file.is_file() and not name.parts[0].startswith("."):
                 packed = (
-                    zipfile.ZIP_DEFLATED if file.suffix in (".csv", ".json", ".jsonl", ".html") else zipfile.ZIP_STORED
+                    zipfile.ZIP_DEFLATED
+                    if file.suffix in (".csv", ".json", ".jsonl", ".html", ".xml")
+                    else zipfile.ZIP_STORED
                 )
                 archive.write(file, name.as_posix(), packed)
     return target

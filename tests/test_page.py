@@ -1,6 +1,7 @@
 """The page in a real browser, and what programs and attackers get from it. The server runs in a process of its own."""
 
 import base64
+import csv
 import gc
 import io
 import json
@@ -272,7 +273,7 @@ def test_a_folder_gives_what_export_writes(tab, pictures, tmp_path):
     assert failed.startswith("broken <b>.png: cannot decode") and tab.locator(".gal b b").count() == 0
     with tab.expect_download() as download:
         tab.click("#folder-zip")
-    seguncert.export(source, tmp_path / "out", "street")
+    seguncert.export(source, tmp_path / "out", "street", embeddings=True)
     archive = zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes()))
     ours = {
         file.relative_to(tmp_path / "out").as_posix(): file.read_bytes()
@@ -289,6 +290,31 @@ def test_a_folder_gives_what_export_writes(tab, pictures, tmp_path):
     }
     scores = [float(re.search(r"entropy ([\d.]+)", card)[1]) for card in tab.locator(".gal-cards li").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
+
+
+@browser_only
+def test_what_to_label_next_is_chosen_among_the_folder(tab, pictures, tmp_path):
+    tab.get_by_role("tab", name="Select").click()
+    tab.click("#select-run")
+    tab.get_by_text("Run photos in the Folder tab first").first.wait_for(timeout=20_000)
+    tab.get_by_role("tab", name="Folder").click()
+    tab.set_input_files("#files input[type=file]", [str(file) for file in sorted(pictures.rglob("*.*"))[:5]])
+    tab.get_by_text("000.").first.wait_for()
+    tab.click("#folder-run")
+    tab.wait_for_selector(".gal[data-state=ready]", timeout=60_000)
+    tab.get_by_role("tab", name="Select").click()
+    tab.fill("#select-budget input", "2")
+    tab.click("#select-run")
+    sheet = tab.frame_locator("#select-shown iframe")
+    sheet.get_by_role("heading", name="2 images to label next, of 5").wait_for(timeout=30_000)
+    with tab.expect_download() as download:
+        tab.click("#select-zip")
+    archive = zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes()))
+    picked = list(csv.DictReader(io.StringIO(archive.read("selection.csv").decode())))
+    assert [row["rank"] for row in picked] == ["1", "2"]
+    assert {"selection.html", "coco.json", "cvat.xml", "label-studio.json", "random.csv"} <= set(archive.namelist())
+    for row in picked:
+        assert sheet.get_by_text(Path(row["path"]).name).count() >= 1
 
 
 @browser_only
@@ -395,7 +421,7 @@ def test_programs_look_and_read(client, photo):
     from gradio_client import handle_file
 
     named = client.view_api(return_format="dict")["named_endpoints"]
-    assert {"/look", "/pixel", "/models", "/folder", "/evaluate", "/calibrate"} == set(named)
+    assert {"/look", "/pixel", "/models", "/folder", "/select", "/evaluate", "/calibrate"} == set(named)
     found = client.predict(handle_file(photo), "street", "none", 20, True, api_name="/look")
     result = seguncert.analyse(seguncert.load_model("street"), photo)
     assert (found["width"], found["height"]) == (160, 120)
