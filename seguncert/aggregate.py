@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int32, Int64, UInt8
+from jaxtyping import Float, Float64, Int32, Int64, UInt8
 
 from seguncert.maps import MAPS
 
@@ -85,9 +85,9 @@ def _term(part: str, text: str) -> Term:
     return Term(found["map"], kind, number, power)
 
 
-def doubt_of(map_HW: Float32[np.ndarray, "H W"], name: str) -> Float32[np.ndarray, "H W"]:
-    """The map, turned round where high is sure."""
-    return map_HW if MAPS[name].sure_is == "low" else 1 - map_HW
+def doubt_of(values: Float[np.ndarray, "*n"], name: str) -> Float[np.ndarray, "*n"]:
+    """Values of a map, turned round where high is sure."""
+    return values if MAPS[name].sure_is == "low" else 1 - values
 
 
 def class_weights(areas_C: Int64[np.ndarray, " C"] | Float64[np.ndarray, " C"]) -> Float64[np.ndarray, " C"]:

@@ -66,7 +66,7 @@ class Pool:
                 return tifffile.imread(file)
             found = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
         if found is None or found.dtype != np.uint16:
-            raise PoolError(f"{self.out / self.paths[image] / (name + suffix)} is damaged: run the same export again")
+            raise PoolError(f"{self.out / self.paths[image] / (name + suffix)} is damaged: remove that folder and run the same export again")
         return found.astype(np.float32) / np.float32(65535)
 
     def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"] | None:

@@ -84,7 +84,7 @@ def select(
     labelled: Sequence[str | os.PathLike[str]] = (),
     diversity: float | None = None,
     radius: float | None = None,
-    gap: str | float = "auto",
+    gap: str | int | float = "auto",
     quotas: Mapping[str, float] | None = None,
     per_image: int = 20,
     background: str | None = None,
