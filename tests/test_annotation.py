@@ -22,7 +22,7 @@ from seguncert.store import StoreError
 
 READERS = os.environ.get("SEGUNCERT_READERS")
 FILES = ["coco.json", "cvat-labels.json", "cvat-masks.zip", "cvat.xml", "label-studio.json", "label-studio.xml", "png"]
-TRICKY = ["background", "Straße & <road>", "a \"quoted\" 'name'", "人 ", "$reason", "unused"]
+TRICKY = ["background", "Straße & <road>", "a \"quoted\" 'name'", "人 ", "$reason", "no label"]
 
 
 def random_labels(height, width, C, seed):
@@ -39,7 +39,7 @@ def tricky():
         Item("sub dir/é & <b> \"q\" 'x' #1 100% + ?.jpeg", 9, 6, random_labels(6, 9, 5, 1), 2, 0.1 + 0.2, "its first region", (
             Region(2, (5, 3, 4, 3), None, 0.1 + 0.2, "corner of the image"),
             Region(3, (0, 0, 1, 1), None, 1 / 3, "one pixel"),
-            Region(4, (2, 2, 3, 2), some, 1e-7, 'rare class "Straße & <road>"\nin two lines'),
+            Region(4, (2, 2, 3, 2), some, 1e-7, 'rare class "Straße & <road>"\r\nin two lines'),
             Region(5, (8, 0, 1, 1), np.ones((1, 1), bool), 0.25, "a mask of one pixel"),
         )),
         Item("人/мир.tiff", 3, 2, None, 6, 0.1, "no pre-labels"),
@@ -146,6 +146,10 @@ def test_cvat_xml(handed):
     labels = [(each.findtext("name"), each.findtext("color")) for each in root.iterfind("meta/task/labels/label")]
     css = ["#" + "".join(f"{value:02x}" for value in colour) for colour in colours.tolist()]
     assert labels == list(zip([*classes, "label this"], [*css, "#ff00ff"], strict=True))
+    types = [
+        each.findtext("input_type") for each in root.iterfind("meta/task/labels/label[last()]/attributes/attribute")
+    ]
+    assert types == ["number", "text", "text"] and len(root.findall("meta/task/labels/label/attributes/attribute")) == 3
     assert [image.get("name") for image in root.iterfind("image")] == [item.path for item in items]
     assert len({image.get("id") for image in root.iterfind("image")}) == len(items)
     for image, item in zip(root.iterfind("image"), items, strict=True):
@@ -193,10 +197,13 @@ def test_cvat_masks(handed, tmp_path):
     out, classes, colours, items = handed
     with zipfile.ZipFile(out / "cvat-masks.zip") as archive:
         assert archive.testzip() is None
+        assert {each.external_attr >> 16 for each in archive.infolist()} == {0o644}, (
+            "unzip makes files that can be read"
+        )
         archive.extractall(tmp_path)
     lines = [line.split(":") for line in (tmp_path / "labelmap.txt").read_text("utf-8").splitlines() if line[0] != "#"]
     by_colour = {tuple(map(int, colour.split(","))): name for name, colour, _, _ in lines}
-    nothing = "no label" if "background" in classes else "background"
+    nothing = "no label_" if "background" in classes else "background"  # where there is no pre-label
     assert list(by_colour.values()) == [nothing, *classes] and by_colour[0, 0, 0] == nothing
     for name, colour in zip(classes, colours.tolist(), strict=True):
         if sum(other == colour for other in [[0, 0, 0], *colours.tolist()]) == 1:
@@ -343,7 +350,8 @@ def test_what_a_format_cannot_hold_is_told_and_the_others_hold_it(tmp_path):
         "line\nbreak.png",
         "caf\udce9.png",
         "#hash.png",
-        " blank .png",
+        " before.png",
+        "after .png",
         "twin.png",
         "twin.jpg",
         "twin.jpg.png",
@@ -357,12 +365,12 @@ def test_what_a_format_cannot_hold_is_told_and_the_others_hold_it(tmp_path):
         "cvat.xml: label '\\ud800' is called '_' there",
         "cvat.xml: label 'label this' is called 'label this_' there",
         "cvat.xml: images left out for their names: 2, the first 'x\\x02.png'",
-        "cvat.xml: reasons with ? for what XML cannot hold: 6, the first 'reason \\x03 2'",
+        "cvat.xml: reasons with ? for what XML cannot hold: 7, the first 'reason \\x03 2'",
         "cvat-masks.zip: label 'a:b' is called 'a_b' there",
         "cvat-masks.zip: label '#c' is called '_c' there",
         "cvat-masks.zip: label 'a_b' is called 'a_b_' there",
         "cvat-masks.zip: label '\\ud800' is called '_' there",
-        "cvat-masks.zip: images left out for their names: 5, the first 'line\\nbreak.png'",
+        "cvat-masks.zip: images left out for their names: 6, the first 'line\\nbreak.png'",
         "label-studio.json: label 'd\\x01' is called 'd_' there",
         "label-studio.json: label '\\ud800' is called '_' there",
         "label-studio.json: label 'label this' is called 'label this_' there",

@@ -112,3 +112,8 @@ def test_many_runs_are_written_in_parts():
 def test_a_picture_beyond_the_brush_is_an_error():
     with pytest.raises(ValueError, match="brush holds fewer than 2\\^30 pixels. Received: 1073741824. Cut the picture"):
         brush_bytes(np.array([1 << 30]))
+
+
+@pytest.mark.parametrize(("run", "bits"), [(8, 14), (12, 15), (16, 15), (256, 19), (65536, 27), (65540, 27 + 14)])
+def test_a_length_takes_as_few_bits_as_hold_it(run, bits):
+    assert len(brush_bytes(np.array([0] + 8 * [run // 4]))) == -(-(53 + 8 * bits) // 8)
