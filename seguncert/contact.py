@@ -137,7 +137,9 @@ def render_sheet(sheet: Sheet) -> str:
     places = {path: (f"p{number}", *_size(path, sheet.pictures[path])) for number, path in enumerate(_shown(sheet))}
     picked = {row["rank"]: row for row in sheet.picks}
     images = len({row["path"] for row in sheet.picks})
-    clicks = [float(row["clicks"]) for row in sheet.picks if _known(row.get("clicks"))]
+    clicks = sheet.comparison.get("ours", {}).get("clicks")
+    if sheet.picks and all(_known(row.get("clicks")) for row in sheet.picks):
+        clicks = sum(float(row["clicks"]) for row in sheet.picks)
     cards = [_card(row, places) for row in sheet.picks[:LISTED]]
     found, rest, axis = _balance(sheet)
     return (
@@ -150,7 +152,7 @@ def render_sheet(sheet: Sheet) -> str:
             samples=sheet.run.get("samples"),
             asked=asked,
             headline=_headline(asked, len(sheet.picks), images),
-            clicks=round(sum(clicks)) if clicks else None,
+            clicks=round(clicks) if clicks is not None and _known(clicks) else None,
             images=images,
             sequences=len({row.get("sequence") for row in sheet.picks} - {None, ""}),
             notes=sheet.notes,
@@ -208,9 +210,8 @@ def outlined_jpeg(
         left, top = math.floor(x * across), math.floor(y * down)
         scaled.append((left, top, math.ceil((x + width) * across) - left, math.ceil((y + height) * down) - top))
     if masks is not None:
-        how = cv2.INTER_NEAREST if times > 1 else cv2.INTER_AREA  # of which more than nothing is kept: thin parts stay
-        masks = [
-            mask if mask is None else cv2.resize(mask.astype(np.float32), box[2:], interpolation=how) > 0
+        masks = [  # more than nothing of a pixel is all of it: thin parts stay
+            mask if mask is None else cv2.resize(mask.astype(np.float32), box[2:], interpolation=cv2.INTER_AREA) > 0
             for mask, box in zip(masks, scaled, strict=True)
         ]
     return encode_jpeg(draw_picks(small, scaled, masks, ranks), QUALITY)
@@ -433,12 +434,13 @@ def _gains(sheet: Sheet) -> dict[str, list[tuple[str, str]]]:
     if before is None or after is None or not sheet.picks:
         return found
     ratios = [
-        (float(later / earlier), name)
+        (float(later / earlier), -earlier, name)
         for name, earlier, later in zip(sheet.run["model"]["classes"], before, after, strict=True)
         if earlier >= 0.001
     ]
-    found["more"] = [(name, _times(ratio)) for ratio, name in sorted(ratios, reverse=True) if ratio >= 1.15][:GAINS]
-    found["less"] = [(name, _times(ratio)) for ratio, name in sorted(ratios) if ratio <= 0.87][:GAINS]
+    more = sorted((each for each in ratios if each[0] >= 1.15), key=lambda each: -each[0])
+    less = sorted(each for each in ratios if each[0] <= 0.87)
+    found["more"], found["less"] = ([(name, _times(ratio)) for ratio, _, name in each[:GAINS]] for each in (more, less))
     return found
 
 

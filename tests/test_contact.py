@@ -379,23 +379,24 @@ def test_classes_come_by_area_and_many_are_folded():
     assert f"{150 - CLASSES_OPEN} further classes" in page.text and page.all("details")
     one = read([whole(1, "x")], run=RUN | {"model": RUN["model"] | {"classes": ["all"], "colours": [[0, 0, 0]]}}, balance={"pool": [1.0], "picks": [1.0]})  # fmt: skip
     assert "all 100 % 100 % × 1.0" in one.text and not one.all("details")
-    assert not lengths(read([whole(1, "x")], balance={"pool": [1.0, 0, 0]}))[0]["picks"], (
-        "classes without area have no row"
-    )
+    few = read([whole(1, "x")], balance={"pool": [0.0, 1.0, 0.0], "picks": [0.5, 0.5, 0.0]})
+    assert len(lengths(few)[0]["pool"]) == 2, "a class without area has no row"
 
 
 def test_what_was_left_out_stands_beside_what_it_resembles():
-    photo = outlined_jpeg(scene(90, 120))
+    photo, other = outlined_jpeg(scene(90, 120)), outlined_jpeg(scene(80, 120))
     rows = [{"path": f"s{k}", "score": 0.4, "near": "a", "near_rank": 1, "distance": 0.03} for k in range(30)]
     rows[1] |= {"near": "z", "near_rank": None}
     blocked = [{"path": "late.jpg", "sequence": "s", "frame": 13, "score": 0.3, "near": "a", "near_rank": 1}]
     asked = Asked("image", "entropy:mean", 20, 347, gap=30, labelled=4, radius=0.1)
-    page = read([whole(1, "a")], asked=asked, pictures={"a": photo, "s0": photo}, similar=LeftOut(1234, rows), blocked=LeftOut(1, blocked))  # fmt: skip
+    page = read([whole(1, "a")], asked=asked, pictures={"a": photo, "s0": photo, "z": other}, similar=LeftOut(1234, rows), blocked=LeftOut(1, blocked))  # fmt: skip
     assert len(page.all("li", "pair")) == PAIRS
     assert "1,234 images resemble what is picked or labelled already, the highest scores first." in page.text
     assert f"Shown are the first {PAIRS}." in page.text
+    views = {attrs["aria-label"]: attrs["viewbox"] for attrs in page.all("svg") if attrs.get("role") == "img"}
+    assert views["z, which it resembles"] == "0 0 120 80"
     assert "left out number 1 s0 resembles a score 0.400 distance 0.030" in page.text
-    assert "no pictureleft out no picturelabelled already s1 resembles z" in page.text
+    assert "no pictureleft out labelled already s1 resembles z" in page.text
     assert "1 image lies less than 30 frames from a pick of the same sequence. This one:" in page.text
     assert "late.jpg, frame 13, score 0.300; beside number 1, a" in page.text
 
@@ -428,6 +429,8 @@ def test_gaps_and_the_map_beside_are_told_in_the_words_that_are_given():
 def test_the_comparison_shows_what_is_known_and_does_not_promise():
     ours = {"score": 0.5, "distance": None, "sequences": 3, "images": 20, "clicks": 3056.4}
     page = read([whole(1, "a")], comparison={"ours": ours, "random": ours | {"score": math.nan}, "plain": ours})
+    assert "about 7 clicks" in page.text, "which is the sum over the picks"
+    assert "about 3,056 clicks" in read([whole(1, "a", clicks=None)], comparison={"ours": ours}).text
     assert "Mean score 0.500 – 0.500" in page.text and "Estimated clicks 3,056 3,056 3,056" in page.text
     assert "distance to the nearest" not in page.text, "a row in which nothing is known"
     assert "no sign that the labels will help" in page.text and "random.csv and plain.csv" in page.text
@@ -528,6 +531,8 @@ def test_the_sheet_in_a_browser(tmp_path):
         for _ in range(20):
             tab.keyboard.press("ArrowRight")
         assert tab.inner_text("#box-name").endswith("far away") and tab.is_disabled("#box-after")
+        tab.click("#box-close")
+        tab.wait_for_selector(".card[data-path='far away'] .shot:focus")
         browser.close()
     assert not troubles
     assert {url.rpartition("/")[2] for url in asked if not url.startswith("data:")} == {"selection.html", "nothing.jpg"}
