@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -393,8 +394,16 @@ def run_all(plans: Sequence[Plan], seeds: int, out: Path, workers: int) -> None:
 
 
 def _one_thread() -> None:
-    """Of a process of the pool: Ctrl-C is the parent's."""
+    """Of a process of the pool: Ctrl-C is the parent's, and it ends with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def end() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=end, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
@@ -440,6 +449,30 @@ def read_results(file: Path, plans: Sequence[Plan]) -> list[dict[str, Any]]:
     return found
 
 
+def describe(plan: Plan) -> str:
+    """The protocol in words."""
+    recipe, budgets = plan.recipe, ", ".join(f"{100 * b:g} %" if b < 1 else f"{b:g}" for b in plan.budgets)
+    what = (
+        "images"
+        if plan.unit == "image"
+        else f"cells of {plan.cell}x{plan.cell} pixels, the rest of a photo being ignored"
+    )
+    lines = [
+        f"{plan.title}. Photos are shrunk by the smallest whole factor that brings both sides to at most {plan.longest} pixels; labels"
+        f" are those of the pixels in the middle. Labelled at once: {what}; in all after each round {budgets}. The first budget is"
+        " drawn at random, by seed, and is the same for all strategies. Random picks are drawn here; the others by `seguncert.select`"
+        " from an export of all training photos by the net of the round before.",
+        f"Each training begins anew from ImageNet: {recipe}. Its seed follows from the seed and the round, not from the strategy."
+        " mIoU is of all val pixels together, at the size of the shrunk photos.",
+    ]
+    for name, each in plan.strategies.items():
+        if each.table:
+            lines.append(
+                f"{name} ({each.title}): {each.table}.csv, export {dict(each.export)}, select {dict(each.select)}"
+            )
+    return "\n".join(lines)
+
+
 def miou_of(line: Mapping[str, Any]) -> float:
     """mIoU of all images of a line."""
     return float(miou(squares(np.sum(line["confusions"], axis=0))))
@@ -473,7 +506,8 @@ def main(
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on")
             raise typer.Exit(130) from None
-    report(plans, read_results(out / "results.jsonl", plans), out, jpeg)
+    lines = read_results(out / "results.jsonl", plans)
+    report(plans, lines, out, jpeg, {plan.name: describe(plan) for plan in plans})
 
 
 if __name__ == "__main__":

@@ -180,8 +180,14 @@ def _of_draw(counts_SRKC2: np.ndarray, draw_K: np.ndarray) -> np.ndarray:
     return miou(squares(np.einsum("srkc,k->src", counts_SRKC2, draw_K))).mean(0)
 
 
-def report(plans: Sequence[Shown], lines: Sequence[Mapping[str, Any]], out: Path, jpeg: Path | None = None) -> str:
-    """Print the tables, write them to OUT/table.txt, and draw OUT/curves.png."""
+def report(
+    plans: Sequence[Shown],
+    lines: Sequence[Mapping[str, Any]],
+    out: Path,
+    jpeg: Path | None = None,
+    protocols: Mapping[str, str] | None = None,
+) -> str:
+    """Print the protocols and the tables, write them to OUT/table.txt, and draw OUT/curves.png."""
     text = io.StringIO()
     consoles = [Console(file=text, width=150), Console(width=150)]
     drawn = []
@@ -191,6 +197,7 @@ def report(plans: Sequence[Shown], lines: Sequence[Mapping[str, Any]], out: Path
             continue
         drawn.append((plan, curves, full))
         for console in consoles:
+            console.print(escape((protocols or {}).get(plan.name, "")))
             console.print(table_of_budgets(plan, curves, full), table_of_summary(plan, curves, full))
     for console in consoles:
         console.print(ANCHORS if drawn else "nothing to report yet")
@@ -262,7 +269,7 @@ def table_of_summary(plan: Shown, curves: Mapping[str, Curve], full: Curve | Non
     for column in ("strategy", "area under the curve", "minus random, by seed"):
         table.add_column(column)
     for target in TARGETS if full is not None else ():
-        table.add_column(f"for {100 * target:.0f} % of all labels'")
+        table.add_column(f"{100 * target:.0f} % takes")
         table.add_column("of random's")
     random = curves.get(RANDOM)
     rounds = min(len(curve.share_R) for curve in curves.values())
@@ -286,8 +293,8 @@ def table_of_summary(plan: Shown, curves: Mapping[str, Curve], full: Curve | Non
             cells.append(_of_random(budget, sign, random, wanted) if random is not None else "")
         table.add_row(curve.title, *map(escape, cells))
     table.caption = (
-        "area: mean mIoU over the logarithm of the budget, as far as all curves go; budgets: where the mean curve first comes to the"
-        " target, by interpolation over the logarithm of the budget"
+        "area: mean mIoU over the logarithm of the budget, as far as all curves go; 95 % takes: the budget at which the mean curve first"
+        " comes to 95 % of the mean mIoU with all labels, by interpolation over the logarithm of the budget"
     )
     return table
 
@@ -314,7 +321,7 @@ def draw(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS | {"figure.facecolor": "white", "savefig.facecolor": "white"}):
-        canvas = Figure((5.2 * len(panels) + 0.2, 4.5), layout="constrained")
+        canvas, entries = Figure((5.2 * len(panels) + 0.2, 4.7), layout="constrained"), dict[str, Any]()
         for axes, (plan, curves, full) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             shown = {name: style for name, style in zip(plan.strategies, STYLES, strict=False) if name in curves}
             for name, (colour, line, marker) in shown.items():
@@ -344,7 +351,10 @@ def draw(
             axes.set_title(plan.title)
             axes.set_xlabel(f"labelled share of the training {plan.unit}s (log axis)")
             axes.set_ylabel("mIoU on val")
-            axes.legend(loc="lower right", handlelength=3.2)
+            entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        canvas.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), handlelength=3.2
+        )
         canvas.savefig(file, dpi=150)
         if jpeg is not None:
             canvas.savefig(jpeg, dpi=150, pil_kwargs={"quality": 88})
