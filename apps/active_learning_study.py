@@ -36,7 +36,7 @@ import typer
 from rich.console import Console
 
 from seguncert.apps.budget_curves import FULL, RANDOM, START, miou, report, squares
-from seguncert.apps.small_nets import SmallRecipe, save_small, train_small
+from seguncert.apps.small_nets import Encoded, SmallRecipe, save_small, train_small
 from seguncert.apps.train import half_precision
 from seguncert.batch import export
 from seguncert.clusters import find_clusters
@@ -70,7 +70,7 @@ class Plan:
     ignore_index: int | None
     longest: int  # photos are shrunk by the smallest whole factor that brings both sides to at most this
     unit: str  # as `select` has it
-    cell: int  # side of a region; in whole images, of the places that crops lie around
+    cell: int  # side of a region
     budgets: tuple[float | int, ...]  # cumulative, in units, or as a share of all where below 1
     recipe: SmallRecipe
     strategies: Mapping[str, Strategy]
@@ -90,8 +90,8 @@ PLANS = {
         },
     ),
     "nuclei": Plan(
-        "nuclei", "nuclei, whole images", ("background", "nucleus"), None, 320, "image", 32, (4, 8, 16, 32, 64, 128),
-        SmallRecipe(updates=250, rotate=True, balanced=False),
+        "nuclei", "nuclei, whole images", ("background", "nucleus"), None, 320, "image", 0, (4, 8, 16, 32, 64, 128),
+        SmallRecipe(),
         {
             RANDOM: AT_RANDOM,
             "plain": Strategy("plain mean entropy", "plain", select={"diversity": 0.0}),
@@ -243,7 +243,8 @@ def run_task(task: Task, plan: Plan, out: Path) -> dict[str, Any]:
         places = choose(task, plan, units, wanted, out)
         write_places(folder / "labelled.csv", places, plan.unit)
     chosen = time.monotonic()
-    net = train_small(*known(plan, photos, places), len(plan.classes), plan.recipe, seed_of(task))
+    encoded = encode(out / "data" / plan.name / "train", len(plan.classes), plan.recipe)
+    net = train_small(known(photos, places), len(plan.classes), plan.recipe, seed_of(task), encoded)
     trained = time.monotonic()
     save_small(folder / "model", net, plan.classes, plan.recipe)
     confusions = judge(folder / "model", out / "data" / plan.name / "val")
@@ -326,18 +327,20 @@ def write_places(table: Path, places: Iterable[Place], unit: str) -> None:
     os.replace(part, table)
 
 
-def known(plan: Plan, photos: Photos, places: Sequence[Place]) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Photos with something labelled, their labels with the rest ignored, and the labelled places, for `train_small`."""
-    paths = sorted({place.path for place in places})
-    number = {path: n for n, path in enumerate(paths)}
-    labels = [np.full_like(photos.labels[path], IGNORED) for path in paths]
-    rows: list[tuple[int, int, int, int, int]] = []
+def known(photos: Photos, places: Sequence[Place]) -> dict[str, np.ndarray]:
+    """Labels of the photos of which something is labelled, the rest of them ignored."""
+    labels: dict[str, np.ndarray] = {}
     for place in places:
-        n, box = number[place.path], np.s_[place.y : place.y + place.height, place.x : place.x + place.width]
-        labels[n][box] = photos.labels[place.path][box]
-        whole = cells(place.path, place.height, place.width, plan.cell) if plan.unit == "image" else [place]
-        rows += [(n, part.x, part.y, part.width, part.height) for part in whole]
-    return [photos.rgb[path] for path in paths], labels, np.array(rows)
+        box = np.s_[place.y : place.y + place.height, place.x : place.x + place.width]
+        own_HW = labels.setdefault(place.path, np.full_like(photos.labels[place.path], IGNORED))
+        own_HW[box] = photos.labels[place.path][box]
+    return labels
+
+
+@lru_cache(maxsize=2)
+def encode(part: Path, C: int, recipe: SmallRecipe) -> Encoded:
+    """What the encoder gives of a prepared part, kept from training to training."""
+    return Encoded(recipe, read_photos(part, C).rgb)
 
 
 def judge(model: Path, part: Path) -> list[list[int]]:

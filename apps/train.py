@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -73,28 +73,6 @@ class Recipe:
     leave_out: tuple[str, ...]
 
 
-@runtime_checkable
-class Cropping(Protocol):
-    """What of a recipe decides how crops are made."""
-
-    @property
-    def crop(self) -> tuple[int, int]: ...
-    @property
-    def scale_range(self) -> tuple[float, float]: ...
-    @property
-    def rotate(self) -> bool: ...
-
-
-@runtime_checkable
-class Rates(Protocol):
-    """What of a recipe decides how the parts of a net learn."""
-
-    @property
-    def encoder_rate(self) -> float: ...
-    @property
-    def decay(self) -> float: ...
-
-
 class Crops(Dataset):
     """Random crops; item (epoch, slot) is a pure function of the seed, the epoch and the slot.
 
@@ -122,7 +100,7 @@ class Crops(Dataset):
         return torch.from_numpy(rgb), torch.from_numpy(label_HW.astype(np.int64))
 
 
-def augment(rgb: np.ndarray, label: np.ndarray, recipe: Cropping, rng: np.random.Generator):
+def augment(rgb: np.ndarray, label: np.ndarray, recipe: Recipe, rng: np.random.Generator):
     """A crop of `recipe.crop` at a random scale, flipped, with brightness, contrast, saturation and hue moved."""
     crop_height, crop_width = recipe.crop
     factor = math.exp(rng.uniform(*np.log(recipe.scale_range)))
@@ -238,7 +216,7 @@ def fit(
     return averaged.module
 
 
-def parameter_groups(net: torch.nn.Module, recipe: Rates) -> list[dict]:
+def parameter_groups(net: torch.nn.Module, recipe: Recipe) -> list[dict]:
     """The encoder's and the others' parameters; those with one number a channel are not drawn towards zero."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in net.named_parameters():

@@ -10,6 +10,7 @@ Letters: N images of the pool, M candidates, C classes.
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from seguncert.video import frame_of
 BUDGETS = ("units", "clicks")
 RADIUS = {"image": 0.1, "region": 0.0, "segment": 0.0, "pixel": 0.0}  # of the typical distance of two candidates
 PER_IMAGE = 20  # pixels
+EXAMPLES = 24  # of what was left out
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Pick:
     clicks: int
     sequence: str
     frame: int | None
-    label: str  # the shown class that most of it is
+    label: str  # the shown class that most of it is, and once explained, that most of its doubt is in
     reason: str = ""
     row: int = field(default=-1, repr=False)  # among the candidates
     near: str = ""  # the image that it is nearest to
@@ -53,12 +55,14 @@ class Pick:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What was chosen; what was left out as too similar, or too near in a video, best first; and what to know."""
+    """What was chosen; how much was left out as too similar, or too near in a video, with the best `EXAMPLES`; and what to know."""
 
     picks: list[Pick]
     similar: list[Pick]
     blocked: list[Pick]
     notes: list[str]
+    similar_count: int
+    blocked_count: int
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,11 @@ def choose(pool: Pool, asked: Asked, found: Candidates) -> Chosen:
         _pick(pool, asked, found, row, 0, float("nan"), picks[rank - 1].path, rank)
         for row, rank in _best(blocked, worth_M)
     ]
-    return Chosen(picks, similar, too_near, notes)
+    return Chosen(picks, similar, too_near, notes, len(greedy.left_out), len(blocked))
 
 
 def _best(rows: Mapping[int, int], worth_M: np.ndarray) -> list[tuple[int, int]]:
-    return sorted(rows.items(), key=lambda each: (-worth_M[each[0]], each[0]))
+    return heapq.nsmallest(EXAMPLES, rows.items(), key=lambda each: (-worth_M[each[0]], each[0]))
 
 
 def _centre(pool: Pool, found: Candidates, rows: Sequence[int], labelled: int, centre: int) -> tuple[str, int | None]:

@@ -157,9 +157,7 @@ def select(
     if known.parts and unit == "image":
         chosen.notes.append(f"{len(known.parts)} images are labelled in parts, and count as not labelled here")
     scene = _Scene(pool, wish, asked, found, known)
-    picks = [
-        replace(pick, reason=reason) for pick, reason in zip(chosen.picks, scene.reasons(chosen.picks), strict=True)
-    ]
+    picks = scene.explained(chosen.picks)
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -243,12 +241,12 @@ class _Scene:
             places.setdefault(int(self.found.image_M[pick.row]), []).append(at)
         return places
 
-    def reasons(self, picks: Sequence[Pick]) -> list[str]:
-        """Why each was picked, in words; reads the maps of the picked images."""
+    def explained(self, picks: Sequence[Pick]) -> list[Pick]:
+        """Each with the class that most of its doubt is in, and why it was picked; reads the maps of the picked images."""
         first = next((term.map for term in self.wish.terms if term.map != DISAGREEMENT), self.wish.plain)
         open_M = ~self.found.labelled_M
         ordered = np.sort(self.found.score_M[open_M])
-        words, C = [""] * len(picks), len(self.pool.classes)
+        told, C = list(picks), len(self.pool.classes)
         for image, places in self.by_image(picks).items():
             labels_HW, doubt_HW = self.pool.labels(image), doubt_of(self.pool.map(image, first), first)
             parts = self.regions_of(image)
@@ -257,12 +255,14 @@ class _Scene:
                 window = (slice(y, y + height), slice(x, x + width))
                 inside = np.ones((height, width), bool) if parts is None else parts.mask(picks[at].number - 1)
                 doubt_C = np.bincount(labels_HW[window][inside], doubt_HW[window][inside], C)
-                words[at] = "; ".join(filter(None, [picks[at].reason, self._words(picks[at], ordered, doubt_C, first)]))
-        return words
+                reason = "; ".join(filter(None, [picks[at].reason, self._words(picks[at], ordered, doubt_C, first)]))
+                label = self.pool.classes[int(doubt_C.argmax())] if doubt_C.any() else picks[at].label
+                told[at] = replace(picks[at], label=label, reason=reason)
+        return told
 
     def _words(self, pick: Pick, ordered: np.ndarray, doubt_C: np.ndarray, name: str) -> str:
         above = len(ordered) - int(np.searchsorted(ordered, pick.score, side="right"))
-        place = f"{_ordinal(above + 1)} highest score of {len(ordered):,}"
+        place = f"{_ordinal(above + 1)} score of {len(ordered):,}"
         share_C = doubt_C / max(doubt_C.sum(), 1e-12)
         named = [c for c in np.argsort(-share_C, kind="stable")[:3] if share_C[c] >= MENTIONED]
         title = MAPS[name].title.lower() if MAPS[name].sure_is == "low" else f"lack of {MAPS[name].title.lower()}"
@@ -299,7 +299,7 @@ class _Scene:
             **asdict(self.asked), "score": " * ".join(map(str, self.wish.terms)), "plain": f"{self.wish.plain}:mean",
             "images": len(pool.paths), "failed": pool.failed, "candidates": len(found.image_M),
             "labelled_images": len(self.known.images), "labelled_candidates": len(rows["labelled"]), "picked": len(picks),
-            "too_similar": len(chosen.similar), "too_near_in_video": len(chosen.blocked), "notes": chosen.notes,
+            "too_similar": chosen.similar_count, "too_near_in_video": chosen.blocked_count, "notes": chosen.notes,
             "balance": {name: None if each is None else dict(zip(pool.classes, each, strict=True)) for name, each in balance.items()},
             "comparison": comparison,
         }  # fmt: skip
@@ -384,8 +384,8 @@ class _Scene:
                 ),
                 [self._row(pick) for pick in picks],
                 pictures,
-                contact.LeftOut(len(chosen.similar), [self._row(pick) for pick in similar]),
-                contact.LeftOut(len(chosen.blocked), [self._row(pick) for pick in chosen.blocked[: contact.BLOCKED]]),
+                contact.LeftOut(chosen.similar_count, [self._row(pick) for pick in similar]),
+                contact.LeftOut(chosen.blocked_count, [self._row(pick) for pick in chosen.blocked[: contact.BLOCKED]]),
                 {name: None if each is None else list(each.values()) for name, each in about["balance"].items()},
                 about["comparison"],
                 files,
@@ -434,7 +434,9 @@ def _ordinal(number: int) -> str:
     """
 
     >>> _ordinal(1), _ordinal(12), _ordinal(23)
-    ('1st', '12th', '23rd')
+    ('highest', '12th highest', '23rd highest')
     """
+    if number == 1:
+        return "highest"
     ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number:,}{ending}"
+    return f"{number:,}{ending} highest"
