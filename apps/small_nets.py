@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float32, Int64, UInt8
+from jaxtyping import BFloat16, Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,7 +80,7 @@ def net_input(rgb: UInt8[np.ndarray, "H W 3"]) -> Float32[Tensor, "1 3 h w"]:
     """Normalised and padded below and to the right."""
     H, W = rgb.shape[:2]
     padded = np.pad(rgb, ((0, -H % DIVISOR), (0, -W % DIVISOR), (0, 0)), mode="reflect")
-    value = (padded.astype(np.float32) / 255 - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    value = (padded.astype(np.float32) / 255 - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return torch.from_numpy(value.transpose(2, 0, 1).copy())[None].contiguous(memory_format=torch.channels_last)
 
 
@@ -116,7 +116,7 @@ def train_small(
     return net.eval()
 
 
-def _decode(net: Any, rows_BK: BFloat16[Tensor, "B K"]) -> Tensor:
+def _decode(net: Any, rows_BK: Float[Tensor, "B K"]) -> Tensor:
     """Logits of places by themselves, as the net's decoder and head give them: all layers are pointwise."""
     parts = rows_BK.split([stage.linear.in_features for stage in net.decoder.mlp_stage], 1)
     mixed = torch.cat([stage.linear(part) for stage, part in zip(net.decoder.mlp_stage, parts, strict=True)], 1)
