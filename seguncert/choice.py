@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seguncert.candidates import Candidates, vectors
+from seguncert.candidates import BY_SCORE, Candidates, vectors
 from seguncert.diversity import Greedy
 from seguncert.pool import Pool
 from seguncert.regions import UNITS
@@ -30,6 +30,7 @@ BUDGETS = ("units", "clicks")
 RADIUS = {"image": 0.1, "region": 0.0, "segment": 0.0, "pixel": 0.0}  # of the typical distance of two candidates
 PER_IMAGE = 20  # pixels
 EXAMPLES = 24  # of what was left out
+CENTRES = 20_000  # labelled candidates from which distances are taken
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Asked:
     background: str | None = None
     seed: int = 0
 
+    @property
+    def least(self) -> float:
+        """The radius that holds."""
+        return RADIUS[self.unit] if self.radius is None else self.radius
+
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"budget: expected 1 or more. Received: {self.budget}")
@@ -89,9 +95,9 @@ class Asked:
             raise ValueError(f"budget-in: expected one of {', '.join(BUDGETS)}. Received: {self.budget_in!r}")
         if self.unit not in UNITS:
             raise ValueError(f"unit: expected one of {', '.join(UNITS)}. Received: {self.unit!r}")
-        if self.diversity < 0:
+        if not 0 <= self.diversity < np.inf:
             raise ValueError(f"diversity: expected a power, 0 or more. Received: {self.diversity}")
-        if self.radius is not None and self.radius < 0:
+        if self.radius is not None and not 0 <= self.radius < np.inf:
             raise ValueError(f"radius: expected 0 or more, in units of the typical distance. Received: {self.radius}")
         if self.per_image < 1:
             raise ValueError(f"per-image: expected 1 or more. Received: {self.per_image}")
@@ -111,16 +117,21 @@ class Asked:
 def choose(pool: Pool, asked: Asked, found: Candidates) -> Chosen:
     """The picks of the weighted greedy choice."""
     notes, unit = list[str](), asked.unit
+    own_M = (found.ways_M & BY_SCORE).astype(bool)
     vectors_MD = vectors(pool, found, unit) if asked.diversity > 0 or asked.radius else None
     known = np.flatnonzero(found.labelled_M)
-    worth_M = found.score_M / np.maximum(found.clicks_M, 1) if asked.budget_in == "clicks" else found.score_M
-    radius = RADIUS[unit] if asked.radius is None else asked.radius
+    worth_M, radius = found.worth_M if asked.budget_in == "clicks" else found.score_M, asked.least
+    if vectors_MD is not None and len(known) > CENTRES:
+        notes.append(f"distances to what is labelled are those to {CENTRES:,} of {len(known):,}, drawn at random")
+        known = np.sort(np.random.default_rng(asked.seed).choice(known, CENTRES, replace=False))
     greedy = Greedy(
         vectors_MD, worth_M, None if vectors_MD is None else vectors_MD[known], distance=asked.diversity,
         radius=radius if vectors_MD is not None else 0.0,
     )  # fmt: skip
-    greedy.shut(known)
+    greedy.shut(np.flatnonzero(found.labelled_M | ~own_M))
     gaps = Gaps(pool, asked, found)
+    for at in np.flatnonzero(found.labelled_M & own_M).tolist():
+        greedy.shut(gaps.near(at))
     wanted = {pool.classes.index(name): share for name, share in asked.quotas.items()}
     area_C, spent, picks, of_centre = np.zeros(len(pool.classes)), 0, list[Pick](), known.tolist()
     blocked = dict[int, int]()  # candidate to the rank of the pick that it is too near to
@@ -137,9 +148,6 @@ def choose(pool: Pool, asked: Asked, found: Candidates) -> Chosen:
             quota = pool.classes[lacking]
             if taken is None:
                 del wanted[lacking]
-                notes.append(
-                    f"quota of {quota} not met: nothing that is left shows {asked.quotas[quota]:.0%} of it or more"
-                )
                 continue
         if taken is None:
             taken = greedy.take(among_M)
@@ -161,6 +169,20 @@ def choose(pool: Pool, asked: Asked, found: Candidates) -> Chosen:
             f"only {len(picks)} of {asked.budget} picked: {len(greedy.left_out)} were too similar to others (radius {radius:g}), {len(blocked)}"
             " too near in a video; lower the radius or the gap for more"
         )
+    if asked.budget_in == "clicks" and not picks:
+        least = int(found.clicks_M[own_M & ~found.labelled_M].min(initial=np.iinfo(np.int64).max))
+        raise ValueError(
+            f"budget: expected at least {least} clicks, which the cheapest {unit} is estimated to take. Received: {asked.budget}"
+        )
+    if asked.budget_in == "clicks" and not greedy.open_N.any():
+        notes.append(f"all that there is takes {spent} of {asked.budget} clicks")
+    for name, share in asked.quotas.items():
+        reached = area_C[pool.classes.index(name)] / max(area_C.sum(), 1)
+        if reached < share:
+            notes.append(
+                f"quota of {name} not met: {reached:.1%} of the picked area, not {share:.1%}; too little of what is left shows it,"
+                " or the budget is small for all quotas"
+            )
     notes += gaps.notes
     similar = [
         _pick(pool, asked, found, row, 0, float(np.sqrt(greedy.square_N[row])), *_centre(pool, found, of_centre, greedy.labelled, centre))
@@ -184,10 +206,13 @@ def _centre(pool: Pool, found: Candidates, rows: Sequence[int], labelled: int, c
     return pool.paths[found.image_M[rows[centre]]], centre - labelled + 1 if centre >= labelled else None
 
 
-def in_order(pool: Pool, asked: Asked, found: Candidates, key_M: np.ndarray, reason: str) -> list[Pick]:
-    """As many as the budget allows, by rising key alone; what is labelled is passed over."""
+def in_order(pool: Pool, asked: Asked, found: Candidates, way: int, key_M: np.ndarray, reason: str) -> list[Pick]:
+    """As many as the budget allows of those that may be taken in that way, by rising key alone; what is labelled is passed over."""
     picks, spent = list[Pick](), 0
+    key_M = np.where(found.ways_M & way, key_M, np.inf)
     for row in np.argsort(key_M, kind="stable").tolist():
+        if np.isinf(key_M[row]):
+            break
         cost = int(found.clicks_M[row]) if asked.budget_in == "clicks" else 1
         if found.labelled_M[row] or spent + cost > asked.budget:
             continue
@@ -202,9 +227,10 @@ def in_order(pool: Pool, asked: Asked, found: Candidates, key_M: np.ndarray, rea
 class Gaps:
     """Which candidates are too near in a video to one that was picked.
 
-    Of frames of a sequence (names that differ in their last number), those whose numbers differ by less than the gap. Given in
-    seconds, photos of a folder by the time in their EXIF data. Of parts of images, only those at the same place, and not
-    those of the same frame. auto is half of what an even spread of the budget over all images would leave between two.
+    Of frames of a sequence (names that differ in the number at their end), those whose numbers differ by less than the gap.
+    Given in seconds, photos of a folder by the time in their EXIF data. Of parts of images, only those at the same place, and
+    not those of the same frame. auto is half of what an even spread of the budget over all images would leave between two.
+    What is labelled counts as picked.
     """
 
     def __init__(self, pool: Pool, asked: Asked, found: Candidates):
@@ -216,10 +242,15 @@ class Gaps:
         else:
             groups, place = [sequence for sequence, _ in named], [frame for _, frame in named]
             self.gap_N = np.full(len(named), 0.0 if asked.gap == "auto" else float(asked.gap))
-        _, self.group_N = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+        codes = {name: code for code, name in enumerate(dict.fromkeys(groups))}
+        self.group_N = np.array([codes[name] for name in groups], np.int64)
         self.place_N = np.array([np.nan if each is None else each for each in place], np.float64)
         if asked.gap == "auto" and not self.parts:
             self._spread(len(named) / (2 * asked.budget))
+        lost = int(np.isnan(self.place_N).sum())
+        if lost and asked.gap not in ("auto", "0"):
+            what = "no time in its EXIF data" if asked.gap.endswith("s") else "a name that does not end in a number"
+            self.notes.append(f"the gap does not hold for {lost:,} of {len(named):,} images, each with {what}")
         self.order_N = np.lexsort((self.place_N, self.group_N))
         self.image_order_M = np.argsort(found.image_M, kind="stable")
         self.first_N = np.searchsorted(found.image_M[self.image_order_M], np.arange(len(named) + 1))
@@ -230,7 +261,7 @@ class Gaps:
         """Rows of candidates that are too near to this one."""
         image = int(self.found.image_M[row])
         gap, place = self.gap_N[image], self.place_N[image]
-        if gap <= 0 or np.isnan(place):
+        if not gap > 0 or np.isnan(place):
             return np.empty(0, np.int64)
         images = list[int]()
         for step in (-1, 1):
@@ -251,11 +282,10 @@ class Gaps:
 
     def _spread(self, frames: float) -> None:
         """The gap of each sequence that is worth so many frames of it."""
-        for group in np.unique(self.group_N):
-            own = np.flatnonzero(self.group_N == group)
-            places = self.place_N[own]
-            if len(own) > 1 and not np.isnan(places).any():
-                self.gap_N[own] = frames * (places.max() - places.min()) / (len(own) - 1)
+        order = np.lexsort((self.place_N, self.group_N))
+        for own in np.split(order, np.flatnonzero(np.diff(self.group_N[order])) + 1):
+            if len(own) > 1:
+                self.gap_N[own] = frames * float(np.median(np.diff(self.place_N[own])))  # NaN without numbers: no gap
 
 
 def _times(pool: Pool) -> list[float | None]:

@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 T = TypeVar("T")
 FAILED, WRONG, STOPPED = 1, 2, 130
@@ -386,7 +386,7 @@ def evaluate(
         table = Table("", *("calibrated", "before", "change") if len(rows[0][1]) > 1 else ("",), box=None)
         for title, cells in rows:
             table.add_row(title, *(f"{value}  [{ends}]" if ends else value for value, ends in cells))
-        console = Console(markup=False, highlight=False)
+        console = Console(markup=False, highlight=False, emoji=False)
         console.width = max(console.width, 120)
         console.print(table)
         header, worse = shift_summary(result.metrics)
@@ -442,7 +442,7 @@ def models() -> None:
             table.add_row(
                 entry.name, ", ".join(card["classes"]), card.get("trained_on", ""), card.get("licence", ""), measured
             )
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command("app")
@@ -665,14 +665,15 @@ def select(
     score: Annotated[
         str | None,
         typer.Option(
-            help="MAP:KIND, KIND one of mean, no-boundary, class-weighted, foreground, top:PERCENT, patch:SIDE; ^POWER and *"
-            " combine: entropy:mean*variance:top:5^0.5; or disagreement of samples [default: entropy:class-weighted]"
+            help="MAP:KIND; MAP as export --maps has them, KIND one of mean, no-boundary, class-weighted (rare classes count for"
+            " more), foreground (as many of the highest pixels as are foreground), top:PERCENT, patch:SIDE; ^POWER and * combine:"
+            " entropy:mean*variance:top:5^0.5; or disagreement, of samples [default: entropy:class-weighted]"
         ),
     ] = None,
     labelled: Annotated[
         list[Path] | None,
         typer.Option(
-            help="list of what is labelled: a text file of paths, or a selection.csv of earlier; several times"
+            help="list of what is labelled: a text file of paths, or a selection.csv in the folder it was written to; several times"
         ),
     ] = None,
     diversity: Annotated[
@@ -688,12 +689,16 @@ def select(
     gap: Annotated[
         str,
         typer.Option(
-            help="frames of a video must be so far apart in number, or as 10s in time; auto: half of an even spread, for images"
+            help="frames of a video must be so far apart in the number that their names end in, or as 10s in their EXIF time; auto:"
+            " half of an even spread, for images"
         ),
     ] = "auto",
     quota: Annotated[
         list[str] | None,
-        typer.Option(metavar="CLASS=SHARE", help="share of the picked area that a class is to reach; several times"),
+        typer.Option(
+            metavar="CLASS=SHARE",
+            help="share of the picked area, as predicted, that a class is to reach; several times",
+        ),
     ] = None,
     per_image: Annotated[int, typer.Option(min=1, help="pixels of an image at most, of the unit pixel")] = 20,
     background: BackgroundOption = None,
@@ -743,11 +748,11 @@ def select(
                 raise typer.Exit(STOPPED) from None
         for note in found.notes:
             err.print(f"note: {note}")
-        images = len({pick.path for pick in found.picks})
+        picked, images = len(found.picks), len({pick.path for pick in found.picks})
+        where = "" if unit is Unit.image else f" in {images} image{'s' * (images != 1)}"
         err.print(
-            f"{len(found.picks)} {unit.value}s picked" + ("" if unit is Unit.image else f" in {images} images")
-            + f", of {found.about['candidates']:,} by {found.about['score']}"
-        )  # fmt: skip
+            f"{picked} {unit.value}{'s' * (picked != 1)} picked{where}, of {found.about['candidates']:,}, by {found.about['score']}"
+        )
         err.print(f"contact sheet: {out / 'selection.html'}")
 
 
@@ -765,7 +770,8 @@ def rank(
 ) -> None:
     """Which score finds the images and cells with most error?
 
-    On exported images of which you have labels, so that `select --score` can be chosen on your own data.
+    On exported images of which you have labels, so that `select --score` can be chosen on your own data. Spearman is the rank
+    correlation of score and error rate (1 is best, random 0), AURC the mean error rate of the surest (low is best).
     """
     with _one_line_errors():
         ignored = _ignored(ignore_index)
@@ -813,7 +819,7 @@ def _say(header: list[str], rows: list[list[str]], failed: dict[str, str]) -> No
         table = Table(*header, box=None)
         for row in rows:
             table.add_row(*row)
-        console = Console(markup=False, highlight=False)
+        console = Console(markup=False, highlight=False, emoji=False)
         console.width = max(console.width, 110)
         console.print(table)
     for name, error in failed.items():
@@ -866,8 +872,8 @@ def _quotas(texts: list[str]) -> dict[str, float]:
             quotas[name] = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
         except ValueError:
             name = ""
-        if not name:
-            raise ValueError(f"quota: expected CLASS=SHARE, as Bicyclist=0.05. Received: {text!r}")
+        if not name or texts.count(text) > 1 or len(quotas) < texts.index(text) + 1:
+            raise ValueError(f"quota: expected CLASS=SHARE, as Bicyclist=0.05, each class once. Received: {text!r}")
     return quotas
 
 

@@ -12,6 +12,10 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from seguncert.image import IMAGE_SUFFIXES
+
+OF_BOXES = ("region", "pixel")  # units that their box describes; others have masks
+
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
@@ -43,53 +47,71 @@ class Labelled:
         for file, number in self.masks.get(path, []):
             files.setdefault(file, []).append(number)
         for file, numbers in files.items():
-            with Image.open(file) as picture:
-                known_HW |= np.isin(np.array(picture), numbers)
+            try:
+                with Image.open(file) as picture:
+                    own_HW = np.array(picture)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"labelled: {file}: expected a PNG of numbers. Received: {error}") from None
+            if own_HW.shape != (H, W) or not set(numbers) <= set(np.unique(own_HW).tolist()):
+                raise ValueError(
+                    f"labelled: {file}: expected {W}x{H} pixels with the numbers {numbers}. Received: {own_HW.shape[::-1]}, of"
+                    " another image or selection. Keep the folder that `select` wrote together."
+                )
+            known_HW |= np.isin(own_HW, numbers)
         return known_HW
 
 
 def read_labelled(lists: Sequence[str | os.PathLike[str]], paths: Collection[str]) -> Labelled:
     """What lists name: text files of paths, a line each, as in images.csv (a suffix may be missing), or tables with a column
-    `path`, of which those that `select` wrote name regions too.
+    `path`, of which those that `select` wrote name parts of images too.
 
-    Raises ValueError for a path that is not among `paths`.
+    Raises ValueError for a path that is not among `paths`, or that may be two.
     """
-    found, by_stem = Labelled(), dict[str, str]()
+    found, by_stem, known = Labelled(), dict[str, list[str]](), set(paths)
     for path in paths:
-        by_stem[str(Path(path).with_suffix(""))] = path
-    known = set(paths)
+        by_stem.setdefault(_stem(path), []).append(path)
 
-    def resolve(file: Path, number: int, path: str) -> str:
-        name = path if path in known else by_stem.get(path, by_stem.get(str(Path(path).with_suffix("")), ""))
-        if not name:
+    def resolve(file: Path, number: int, said: str) -> str:
+        said = said if said in known else said.strip()
+        names = [said] if said in known else by_stem.get(_stem(said), [])
+        if len(names) != 1:
             raise ValueError(
                 f"labelled: {file}, line {number}: expected the path of an image of the export, as in its images.csv."
-                f" Received: {path!r}, of which there is none. Correct the list."
-            )
-        return name
+                f" Received: {said!r}, " + (f"which may be {' or '.join(names)}. Write its suffix." if names else "of which there is none. Correct the list.")
+            )  # fmt: skip
+        return names[0]
 
     for each in lists:
         file = Path(each)
         try:
-            text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        except (OSError, IsADirectoryError) as error:
+            with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+                if file.suffix.lower() == ".csv":
+                    table = csv.DictReader(lines)
+                    if "path" not in (table.fieldnames or []):
+                        raise ValueError(
+                            f"labelled: {file}: expected a table with a column path. Received: {table.fieldnames}"
+                        )
+                    for row in table:
+                        _add(found, file, row, resolve(file, table.line_num, row["path"] or ""))
+                else:
+                    named = enumerate(lines.read().split("\n"), 1)
+                    found.images.update(resolve(file, at, line.rstrip("\r")) for at, line in named if line.strip())
+        except OSError as error:
             raise ValueError(f"labelled: expected a list of images. Received: {file}: {error.strerror}") from None
-        if file.suffix.lower() != ".csv":
-            lines = enumerate(text.splitlines(), 1)
-            found.images.update(resolve(file, number, line.strip()) for number, line in lines if line.strip())
-            continue
-        table = csv.DictReader(text.splitlines(keepends=True))
-        if "path" not in (table.fieldnames or []):
-            raise ValueError(f"labelled: {file}: expected a table with a column path. Received: {table.fieldnames}")
-        for row in table:
-            path = resolve(file, table.line_num, row["path"])
-            _add(found, file, row, path)
+        except csv.Error as error:
+            raise ValueError(f"labelled: {file}: expected a table. Received: {error}") from None
     return found
+
+
+def _stem(path: str) -> str:
+    suffix = Path(path).suffix
+    return path[: len(path) - len(suffix)] if suffix.lower() in IMAGE_SUFFIXES else path
 
 
 def _add(found: Labelled, file: Path, row: dict[str, str], path: str) -> None:
     """One row of a table: a whole image, unless it says which part."""
-    if row.get("unit", "image") == "image":
+    unit = row.get("unit") or "image"
+    if unit == "image":
         found.images.add(path)
         return
     try:
@@ -98,8 +120,22 @@ def _add(found: Labelled, file: Path, row: dict[str, str], path: str) -> None:
         raise ValueError(
             f"labelled: {file}: {path}: expected whole numbers x, y, width, height, number. Received: {row}"
         ) from None
-    numbers = file.parent / "regions" / f"{path}.png"
-    if numbers.is_file():
-        found.masks.setdefault(path, []).append((numbers, number))
-    else:
+    if unit in OF_BOXES:
         found.boxes.setdefault(path, []).append((x, y, width, height))
+        return
+    numbers = file.parent / masks_beside(file.stem) / f"{path}.png"
+    if not numbers.is_file():
+        raise ValueError(
+            f"labelled: {file}: {path}: expected beside it {masks_beside(file.stem)}/{path}.png, which says where its {unit}s are."
+            " Received: none. Keep the folder that `select` wrote together."
+        )
+    found.masks.setdefault(path, []).append((numbers, number))
+
+
+def masks_beside(stem: str) -> str:
+    """The folder of masks that belongs to a table of `select`.
+
+    >>> masks_beside("selection"), masks_beside("random")
+    ('regions', 'random-regions')
+    """
+    return "regions" if stem == "selection" else f"{stem}-regions"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -51,23 +51,28 @@ class Pool:
 
     def labels(self, image: int) -> UInt8[np.ndarray, "H W"]:
         """Shown classes of an image."""
-        with self._open(image, "labels.png") as file, Image.open(file) as picture:
-            return np.array(picture)
+
+        def decode(file: IO[bytes]) -> np.ndarray:
+            with Image.open(file) as picture:
+                return np.array(picture)
+
+        return self._read(image, "labels.png", np.dtype(np.uint8), decode)
 
     def map(self, image: int, name: str) -> Float32[np.ndarray, "H W"]:
         """A map of an image, 0 to 1."""
         suffix = SUFFIXES[self.run["format"]]
-        with self._open(image, name + suffix) as file:
-            if suffix == ".npy":
-                return np.load(file)
-            if suffix == ".tiff":
-                import tifffile
+        if suffix == ".png":
+            found = self._read(
+                image, name + suffix, np.dtype(np.uint16),
+                lambda file: cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED),
+            )  # fmt: skip
+            return found.astype(np.float32) / np.float32(65535)
+        read: Callable[[IO[bytes]], np.ndarray] = np.load
+        if suffix == ".tiff":
+            import tifffile
 
-                return tifffile.imread(file)
-            found = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
-        if found is None or found.dtype != np.uint16:
-            raise PoolError(f"{self.out / self.paths[image] / (name + suffix)} is damaged: remove that folder and run the same export again")
-        return found.astype(np.float32) / np.float32(65535)
+            read = tifffile.imread
+        return self._read(image, name + suffix, np.dtype(np.float32), read)
 
     def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"] | None:
         """The photo itself, where the export found it; None if it is not there any more, or not as it was."""
@@ -81,18 +86,30 @@ class Pool:
     def overlay(self, image: int) -> UInt8[np.ndarray, "h w 3"] | None:
         """The photo under the export's first map, without the legend below; None where it was made smaller."""
         H, W = self.sizes_N2[image]
-        with self._open(image, "overlay.jpg") as file:
-            found = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
-        if found is None or found.shape[1] < W or found.shape[0] < H:
-            return None
-        return found[:H, :W]
-
-    def _open(self, image: int, name: str) -> Any:
-        file = self.out / self.paths[image] / name
         try:
-            return open(file, "rb")
-        except OSError as error:
+            found = read_image(self.out / self.paths[image] / "overlay.jpg").rgb
+        except (ImageError, OSError):
+            return None
+        return found[:H, :W] if found.shape[1] >= W and found.shape[0] >= H else None
+
+    def _read(
+        self, image: int, name: str, dtype: np.dtype, decode: Callable[[IO[bytes]], np.ndarray | None]
+    ) -> np.ndarray:
+        """A file of an image, decoded; PoolError where it is not there, or is not what export wrote."""
+        file, size = self.out / self.paths[image] / name, tuple(self.sizes_N2[image].tolist())
+        try:
+            with open(file, "rb") as content:
+                found = decode(content)
+        except FileNotFoundError as error:
             raise PoolError(f"{file}: {error.strerror}. Run the same export again; it makes what is missing.") from None
+        except Exception as error:  # decoders fail on damaged files in every way there is
+            told = " ".join(str(error).split())[:200]
+            raise PoolError(f"{file} is damaged ({told}): remove that folder and run the same export again") from None
+        if found is None or found.shape != size or found.dtype != dtype:
+            raise PoolError(
+                f"{file} is damaged: expected {size[1]}x{size[0]} values of {dtype}: remove that folder and run the same export again"
+            )
+        return found
 
 
 def read_pool(exported: Path) -> Pool:
@@ -113,15 +130,18 @@ def read_pool(exported: Path) -> Pool:
         areas, embedding = line.get("areas"), line.get("embedding")
         if areas is None:
             raise PoolError(f"{exported}: an older seguncert wrote it. Export the images again, into a new folder.")
-        told = base64.b64decode(embedding) if embedding and D else b""
+        try:
+            told = base64.b64decode(embedding) if embedding and D else b""
+        except ValueError:
+            told = b""
         if len(areas) != C or set(line["mean"]) != set(names) or len(told) != 4 * D:
             raise PoolError(
                 f"{exported}: expected for {path} {C} classes, maps {', '.join(names)}, {D} numbers of an embedding, as run.json"
                 f" says. Received: {len(areas)} classes, maps {', '.join(line['mean'])}, {len(told) // 4} numbers. Its ledger is"
                 " of another model or export; export again, into a new folder."
             )
-        size = (line["height"], line["width"])
-        rows[path] = (size, [line["mean"][name] for name in names], areas, line.get("disagreement"), told)
+        size, means = (line["height"], line["width"]), np.array([line["mean"][name] for name in names])
+        rows[path] = (size, means, np.array(areas, np.int64), line.get("disagreement"), told)
     if not rows:
         raise PoolError(f"{exported}: no image is done; nothing can be chosen. Its images.csv tells why they failed.")
     paths = sorted(rows)
@@ -160,12 +180,12 @@ def _finished(exported: Path) -> tuple[set[str], int]:
     try:
         with open(exported / "images.csv", newline="", encoding="utf-8", errors="surrogateescape") as table:
             for row in csv.DictReader(table):
-                paths[row["status"]].add(row["path"])
+                paths[row["status"]].add(row["path"] + "")
     except FileNotFoundError:
         raise PoolError(
             f"{exported}: the export is not finished: there is no images.csv. Give the same command again first."
         ) from None
-    except (OSError, KeyError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise PoolError(
             f"{exported}/images.csv is damaged ({error}). Give the same export command again first."
         ) from None

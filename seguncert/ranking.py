@@ -22,7 +22,7 @@ from jaxtyping import Float64, Int64
 
 from seguncert.aggregate import DEFAULTS, DISAGREEMENT, KINDS, OF_PICTURES, Term, aggregate, class_weights, doubt_of
 from seguncert.candidates import each_of
-from seguncert.clusters import Clusters, find_clusters
+from seguncert.clusters import FEW, Clusters, find_clusters
 from seguncert.detection import area_under_risk_coverage, ratio
 from seguncert.job import available_cores
 from seguncert.labels import IGNORED, find_labels, read_label
@@ -138,7 +138,8 @@ def rank_scores(
         raise ValueError(f"labels: expected labelled pixels. Received: {len(found)} images of {labels} without any")
     clusters = find_clusters(list(judged))
     rows, units, rates = list[dict[str, Any]](), dict[str, int](), dict[str, float]()
-    weights_BN = _draw(clusters, list(judged), replicates, seed)
+    drawn = len({clusters.of[path] for path in judged})
+    weights_BN = _draw(clusters, list(judged), replicates if drawn > 1 else 0, seed)
     for unit in ("image", "cell"):
         wrong_U = np.concatenate([one.wrong[unit] for one in judged.values()])
         pixels_U = np.concatenate([one.pixels[unit] for one in judged.values()])
@@ -147,6 +148,11 @@ def rank_scores(
         for name in next(iter(judged.values())).scores[unit]:
             score_U = np.concatenate([one.scores[unit][name] for one in judged.values()])
             rows.append({"unit": unit, "score": name, **figures(score_U, wrong_U, pixels_U, image_U, weights_BN)})
+    if drawn < FEW:
+        notes.append(
+            f"only {drawn} clusters of images: "
+            + ("no interval can be told" if drawn < 2 else "the intervals are too narrow")
+        )
     rows.sort(key=lambda row: (row["unit"] != "image", -np.nan_to_num(row["spearman"], nan=-2.0), row["score"]))
     return Ranking(rows, units, rates, clusters, notes)
 
@@ -164,14 +170,14 @@ def figures(
     """
     whole = _figures(score_U, wrong_U, pixels_U, np.ones((1, len(score_U))))
     at_once = max(1, SAMPLES_AT_ONCE // max(1, len(score_U)))
-    drawn = [
+    several = [
         _figures(score_U, wrong_U, pixels_U, weights_BN[start : start + at_once, image_U])
         for start in range(0, len(weights_BN), at_once)
     ]
     told: dict[str, Any] = {}
     for name in FIGURES:
         told[name] = float(whole[name][0])
-        values_B = np.concatenate([each[name] for each in drawn])
+        values_B = np.concatenate([np.empty(0), *(each[name] for each in several)])
         values_B = values_B[np.isfinite(values_B)]
         told[f"{name}_interval"] = np.quantile(values_B, [0.025, 0.975]).tolist() if len(values_B) else [np.nan] * 2
     return told

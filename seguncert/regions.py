@@ -96,10 +96,19 @@ def segments(labels_HW: UInt8[np.ndarray, "H W"], least: int = LEAST_SEGMENT) ->
     return Regions(numbers_HW, np.array(boxes, np.int64).reshape(-1, 4), np.array(sizes, np.int64))
 
 
-def pixels(worth_HW: Float[np.ndarray, "H W"], count: int, spacing: int = SPACING) -> Regions:
-    """The `count` best pixels that are at least `spacing` rows or columns from each other, best first; regions of one pixel."""
+def pixels(
+    worth_HW: Float[np.ndarray, "H W"],
+    count: int,
+    known_HW: Bool[np.ndarray, "H W"] | None = None,
+    spacing: int = SPACING,
+) -> Regions:
+    """The `count` best pixels that are at least `spacing` rows or columns from each other and from what is known, best first;
+    regions of one pixel."""
     H, W = worth_HW.shape
     left_HW = worth_HW.astype(np.float32).copy()
+    if known_HW is not None:
+        near = np.ones((2 * spacing - 1, 2 * spacing - 1), np.uint8)
+        left_HW[cv2.dilate(known_HW.astype(np.uint8), near) > 0] = -np.inf
     boxes = list[list[int]]()
     numbers_HW = np.full((H, W), -1, np.int32)
     while len(boxes) < count:
@@ -128,17 +137,19 @@ def parse_region(text: str) -> tuple[str, int]:
 
 def estimated_clicks(labels_HW: UInt8[np.ndarray, "H W"], inside_HW: Bool[np.ndarray, "H W"] | None = None) -> int:
     """Clicks to draw the shown segments as polygons: their corners, lines at most `TOLERANCE` pixels off (Douglas, Peucker
-    1973), and one for each class. Segments of fewer than `LEAST_POLYGON` pixels are not drawn.
+    1973), three at least, and one for the class. Segments and holes of fewer than `LEAST_POLYGON` pixels are not drawn.
 
     >>> estimated_clicks(np.zeros((10, 10), np.uint8))
     5
     """
     clicks = 0
     for c in np.unique(labels_HW if inside_HW is None else labels_HW[inside_HW]):
-        shown_HW = labels_HW == c if inside_HW is None else (labels_HW == c) & inside_HW
-        # enlarged, so that a contour encloses its pixels and not their middles
-        lines, _ = cv2.findContours(shown_HW.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        for line in lines:
-            if cv2.contourArea(line) + len(line) / 2 >= LEAST_POLYGON:
-                clicks += len(cv2.approxPolyDP(line, TOLERANCE, True)) + 1
+        shown_HW = (labels_HW == c if inside_HW is None else (labels_HW == c) & inside_HW).astype(np.uint8)
+        _, parts_HW, stats, _ = cv2.connectedComponentsWithStats(shown_HW)
+        drawn = stats[:, cv2.CC_STAT_AREA] >= LEAST_POLYGON
+        drawn[0] = False
+        lines, tree = cv2.findContours(drawn[parts_HW].astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        for line, (_, _, _, around) in zip(lines, () if tree is None else tree[0], strict=True):
+            if around < 0 or cv2.contourArea(line) >= LEAST_POLYGON:  # of holes the line runs in what surrounds them
+                clicks += max(3, len(cv2.approxPolyDP(line, TOLERANCE, True))) + 1
     return clicks

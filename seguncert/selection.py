@@ -21,16 +21,29 @@ from typing import Any
 
 import cv2
 import numpy as np
+from jaxtyping import Bool
 
 from seguncert import annotation, contact
 from seguncert.aggregate import DISAGREEMENT, doubt_of, parse_score
-from seguncert.candidates import Candidates, Wish, check_wish, find_candidates, partition, pixel_worth, vectors
+from seguncert.candidates import (
+    AT_RANDOM,
+    BY_MEAN,
+    BY_SCORE,
+    MOST,
+    Candidates,
+    Found,
+    Wish,
+    check_wish,
+    find_candidates,
+    partition,
+    vectors,
+)
 from seguncert.choice import Asked, Chosen, Pick, choose, in_order
 from seguncert.job import available_cores
-from seguncert.labelled import Labelled, read_labelled
+from seguncert.labelled import OF_BOXES, Labelled, masks_beside, read_labelled
 from seguncert.maps import MAPS
 from seguncert.pool import Pool, PoolError, read_pool
-from seguncert.regions import Regions, estimated_clicks
+from seguncert.regions import estimated_clicks
 from seguncert.render import overlay_doubt
 from seguncert.store import cannot_write, write_file
 
@@ -54,6 +67,10 @@ FILES = {  # beside the contact sheet, by what asks for them
     ],
     "png": [("png/items.csv", "pre-labels as PNGs of class indices, 255 where there is none, and this table")],
 }
+OURS = (
+    "selection.json", "selection.csv", "selection.html", "random.csv", "plain.csv", "regions", "random-regions", "plain-regions",
+    "coco.json", "cvat.xml", "cvat-labels.json", "cvat-masks.zip", "label-studio.json", "label-studio.xml", "png",
+)  # fmt: skip
 PICTURES = 200  # on the contact sheet
 MENTIONED = 0.15  # share of the doubt from which on a class is worth a word
 PLAIN = "entropy"  # the map whose plain mean is compared with, where the export has it
@@ -98,7 +115,7 @@ def select(
 
     Args:
         exported: folder that `seguncert export` wrote, for any diversity with `--embeddings`.
-        out: folder to write; one of an earlier selection is replaced.
+        out: folder to write; an earlier selection in it is replaced, and nothing else.
         budget: how much may be picked; `budget_in` units, or clicks as `seguncert.regions.estimated_clicks` has them. Then
             scores are divided by the clicks.
         unit: image, region (`region` says which: grid:SIDE or superpixel:AREA, in pixels), segment (what hangs together of a
@@ -120,7 +137,7 @@ def select(
         PoolError: the export is none, is not finished, or lacks what is asked for.
         ValueError: a setting is wrong, or more is asked for than there is.
     """
-    exported, out = Path(exported), Path(out)
+    exported, out = Path(exported), Path(os.path.abspath(out))
     pool = read_pool(exported)
     plain = PLAIN if PLAIN in pool.means else next(iter(pool.means))
     asked = Asked(
@@ -137,46 +154,62 @@ def select(
     if pool.embeddings_ND is None and (asked.diversity > 0 or asked.radius):
         raise PoolError(
             f"diversity: expected an export with embeddings. Received: {exported}, which has none. Export again with"
-            " --embeddings, into a new folder, or give --diversity 0."
+            " --embeddings, into a new folder, or give --diversity 0 and no radius."
         )
+    hand_over = list(dict.fromkeys(hand_over))
     unknown = [name for name in hand_over if name not in annotation.FORMATS]
     if unknown:
         raise ValueError(f"hand-over: expected some of {', '.join(annotation.FORMATS)}. Received: {unknown[0]!r}")
-    _check_out(out)
+    _check_out(out, exported, Path(pool.run["input"]), labelled)
     known = read_labelled(labelled, pool.paths)
-    found = find_candidates(pool, wish, known, workers or min(available_cores(), 16), progress)
-    left = int((~found.labelled_M).sum())
+    every = find_candidates(pool, wish, known, workers or min(available_cores(), 16), progress)
+    found, left = every.candidates, every.total - every.labelled
     if asked.budget_in == "units" and budget > left:
+        most = f", {per_image} an image" if unit == "pixel" else ""
         raise ValueError(
-            f"budget: expected at most {left}, the {unit}s that are not labelled. Received: {budget}. Lower it, or export"
-            " more images."
+            f"budget: expected at most {left:,}, the {unit}s that are not labelled{most}. Received: {budget:,}. Lower it, or"
+            " export more images."
         )
     chosen = choose(pool, asked, found)
-    drawn = in_order(pool, asked, found, found.key_M, "random")
-    greedy = in_order(pool, asked, found, -found.plain_M, f"mean {plain}")
+    drawn = in_order(pool, asked, found, AT_RANDOM, found.key_M, "random")
+    greedy = in_order(pool, asked, found, BY_MEAN, -found.plain_M, f"mean {plain}")
     if known.parts and unit == "image":
         chosen.notes.append(f"{len(known.parts)} images are labelled in parts, and count as not labelled here")
-    scene = _Scene(pool, wish, asked, found, known)
+    if every.total > len(found.image_M):
+        chosen.notes.append(f"of {every.total:,} {unit}s the {MOST:,} of best score were looked at")
+    scene = _Scene(pool, wish, asked, found, known, every)
     picks = scene.explained(chosen.picks)
-    part = out.with_name(f".{out.name}.part")
+    part, former = out / ".part", out / ".former"
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for folder in (part, former):
+            shutil.rmtree(folder, ignore_errors=True)
         part.mkdir(parents=True)
-        for name, rows in (("selection", picks), ("random", drawn), ("plain", greedy)):
-            write_file(part / f"{name}.csv", _table(rows))
-        scene.write_regions(part / "regions", picks)
-        colours_C3 = np.array(pool.run["model"]["colours"], np.uint8)
-        chosen.notes.extend(
-            annotation.hand_over(
-                part, pool.classes, colours_C3, scene.items(picks), formats=hand_over, url_prefix=url_prefix
+        try:
+            for name, rows in (("selection", picks), ("random", drawn), ("plain", greedy)):
+                rows = scene.numbered(rows)
+                write_file(part / f"{name}.csv", _table(rows, scene.unit))
+                if name == "selection" or scene.unit not in OF_BOXES:
+                    scene.write_regions(part / masks_beside(name), rows)
+            colours_C3 = np.array(pool.run["model"]["colours"], np.uint8)
+            chosen.notes.extend(
+                annotation.hand_over(
+                    part, pool.classes, colours_C3, scene.items(picks), formats=hand_over, url_prefix=url_prefix
+                )
             )
-        )
-        about = scene.about(picks, drawn, greedy, chosen)
-        write_file(part / "selection.html", scene.sheet(picks, chosen, about, hand_over))
-        write_file(part / "selection.json", json.dumps(about, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+            about = scene.about(picks, drawn, greedy, chosen)
+            write_file(part / "selection.html", scene.sheet(picks, chosen, about, hand_over))
+            write_file(part / "selection.json", json.dumps(about, indent=2) + "\n")
+            former.mkdir()
+            for name in [*OURS, *os.listdir(part)]:
+                if (out / name).exists():
+                    os.replace(out / name, former / name)
+            for name in os.listdir(part):
+                os.replace(part / name, out / name)
+            shutil.rmtree(former)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            if not any(out.iterdir()):
+                out.rmdir()
     except OSError as error:
         raise cannot_write(out, error) from None
     return Selected(out, picks, drawn, greedy, chosen.notes, about)
@@ -187,7 +220,8 @@ def _background(pool: Pool, asked: Asked) -> int:
     if asked.background is None:
         if foreground and len(pool.classes) != 2:
             raise ValueError(
-                f"background: expected with a score of the foreground the class that is not: one of {', '.join(pool.classes)}"
+                f"background: expected with a score of the foreground the class that is not: one of {', '.join(pool.classes)}."
+                " Received: none. Give --background CLASS."
             )
         return 0
     if asked.background not in pool.classes:
@@ -195,21 +229,31 @@ def _background(pool: Pool, asked: Asked) -> int:
     return pool.classes.index(asked.background)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, exported: Path, photos: Path, labelled: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise ValueError where writing to `out` would take something from the user."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "selection.json").is_file())):
         raise ValueError(
             f"OUT: expected a new folder, or one of an earlier selection. Received: {out}, which holds something else"
         )
+    if photos.resolve() in [out.resolve(), *out.resolve().parents]:
+        raise ValueError(
+            f"OUT: expected a folder apart from the photos. Received: {out}, where the next export would find its PNGs"
+        )
+    for each in labelled:
+        if out.resolve() in Path(each).resolve().parents:
+            raise ValueError(
+                f"OUT: expected another folder than that of {each}, which says what is labelled and would be replaced. Received: {out}"
+            )
 
 
-def _table(picks: Sequence[Pick]) -> str:
+def _table(picks: Sequence[Pick], unit: str) -> str:
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for pick in picks:
         cells = [
-            pick.rank, pick.path, pick.unit, *pick.box, pick.number, f"{pick.score:.6g}",
-            "" if np.isnan(pick.distance) else f"{pick.distance:.4g}", pick.clicks, pick.sequence,
+            pick.rank, pick.path, unit, *pick.box, pick.number, f"{pick.score:.6g}",
+            "" if np.isnan(pick.distance) else f"{pick.distance:.4g}", pick.clicks or "", pick.sequence,
             "" if pick.frame is None else pick.frame, pick.label, pick.reason,
         ]  # fmt: skip
         quoted = "\r" in pick.path  # it would end a line, and only quoting all of a row quotes it
@@ -226,13 +270,29 @@ class _Scene:
     asked: Asked
     found: Candidates
     known: Labelled
+    every: Found
 
-    def regions_of(self, image: int) -> Regions | None:
-        """The parts of an image, numbered as the candidates are; None where images are chosen."""
-        if self.wish.unit == "image":
-            return None
-        worth_HW = pixel_worth(self.pool, self.wish, image) if self.wish.unit == "pixel" else None
-        return partition(self.pool, self.wish, image, worth_HW)
+    @property
+    def unit(self) -> str:
+        """Of the tables: superpixels are regions that their box does not describe."""
+        return (
+            "superpixel" if self.wish.unit == "region" and self.wish.region.startswith("superpixel") else self.wish.unit
+        )
+
+    def masks(self, image: int, picks: Sequence[Pick]) -> list[Bool[np.ndarray, "h w"] | None]:
+        """Which pixels of its box each pick of an image has; None where it is all of them."""
+        if self.unit in ("image", *OF_BOXES):
+            return [None] * len(picks)
+        parts = partition(self.pool, self.wish, image)
+        return [parts.mask(int(self.found.number_M[pick.row])) for pick in picks]
+
+    def numbered(self, picks: Sequence[Pick]) -> list[Pick]:
+        """Parts of an image numbered from 1, in their order; whole images have number 0."""
+        told = list(picks)
+        for places in self.by_image(picks).values() if self.unit != "image" else ():
+            for number, at in enumerate(places, 1):
+                told[at] = replace(told[at], number=number)
+        return told
 
     def by_image(self, picks: Sequence[Pick]) -> dict[int, list[int]]:
         """Places in `picks` by image, images in order of their best."""
@@ -244,16 +304,15 @@ class _Scene:
     def explained(self, picks: Sequence[Pick]) -> list[Pick]:
         """Each with the class that most of its doubt is in, and why it was picked; reads the maps of the picked images."""
         first = next((term.map for term in self.wish.terms if term.map != DISAGREEMENT), self.wish.plain)
-        open_M = ~self.found.labelled_M
+        open_M = ~self.found.labelled_M & (self.found.ways_M & BY_SCORE).astype(bool)
         ordered = np.sort(self.found.score_M[open_M])
         told, C = list(picks), len(self.pool.classes)
         for image, places in self.by_image(picks).items():
             labels_HW, doubt_HW = self.pool.labels(image), doubt_of(self.pool.map(image, first), first)
-            parts = self.regions_of(image)
-            for at in places:
+            for at, mask in zip(places, self.masks(image, [picks[at] for at in places]), strict=True):
                 x, y, width, height = picks[at].box
                 window = (slice(y, y + height), slice(x, x + width))
-                inside = np.ones((height, width), bool) if parts is None else parts.mask(picks[at].number - 1)
+                inside = np.ones((height, width), bool) if mask is None else mask
                 doubt_C = np.bincount(labels_HW[window][inside], doubt_HW[window][inside], C)
                 reason = "; ".join(filter(None, [picks[at].reason, self._words(picks[at], ordered, doubt_C, first)]))
                 label = self.pool.classes[int(doubt_C.argmax())] if doubt_C.any() else picks[at].label
@@ -297,8 +356,8 @@ class _Scene:
             "seguncert": version("seguncert"), "exported": str(pool.out.resolve()), "model": model,
             "method": pool.run["method"], "calibration": pool.run["calibration"],
             **asdict(self.asked), "score": " * ".join(map(str, self.wish.terms)), "plain": f"{self.wish.plain}:mean",
-            "images": len(pool.paths), "failed": pool.failed, "candidates": len(found.image_M),
-            "labelled_images": len(self.known.images), "labelled_candidates": len(rows["labelled"]), "picked": len(picks),
+            "images": len(pool.paths), "failed": pool.failed, "candidates": self.every.total, "radius": self.asked.least,
+            "labelled_images": len(self.known.images), "labelled_candidates": self.every.labelled, "picked": len(picks),
             "too_similar": chosen.similar_count, "too_near_in_video": chosen.blocked_count, "notes": chosen.notes,
             "balance": {name: None if each is None else dict(zip(pool.classes, each, strict=True)) for name, each in balance.items()},
             "comparison": comparison,
@@ -319,52 +378,59 @@ class _Scene:
             square_NN = square_N[:, None] + square_N - 2 * own_ND @ own_ND.T
             np.fill_diagonal(square_NN, np.inf)
             apart = float(np.sqrt(np.maximum(square_NN.min(1), 0)).mean())
-        clicks = sum(self._clicks(pick) for pick in picks) if len(images) <= 1000 else None
+        clicks = None
+        if len(images) <= 1000:
+            by_image = self.by_image(picks).items()
+            clicks = sum(self._clicks(image, [picks[at] for at in places]) for image, places in by_image)
         score = float(self.found.score_M[rows].mean()) if len(rows) else None
         return {"score": score, "distance": apart, "sequences": len(sequences), "images": len(images), "clicks": clicks}
 
-    def _clicks(self, pick: Pick) -> int:
-        if pick.unit == "pixel" or pick.clicks:
-            return max(1, pick.clicks)
-        image, (x, y, width, height) = int(self.found.image_M[pick.row]), pick.box
-        return estimated_clicks(self.pool.labels(image)[y : y + height, x : x + width])
+    def _clicks(self, image: int, picks: Sequence[Pick]) -> int:
+        """What labelling some picks of an image is estimated to take."""
+        if self.unit == "pixel":
+            return len(picks)
+        labels_HW, total = self.pool.labels(image), 0
+        for pick, mask in zip(picks, self.masks(image, picks), strict=True):
+            x, y, width, height = pick.box
+            total += max(1, estimated_clicks(labels_HW[y : y + height, x : x + width], mask))
+        return total
 
     def write_regions(self, folder: Path, picks: Sequence[Pick]) -> None:
         """For each image with picked parts a 16-bit PNG: a part's number where it is, 0 elsewhere."""
+        if self.unit == "image":
+            return
         for image, places in self.by_image(picks).items():
-            parts = self.regions_of(image)
-            if parts is None:
-                return
-            numbers = np.array([picks[at].number for at in places])
-            kept_HW = np.where(np.isin(parts.numbers_HW + 1, numbers), parts.numbers_HW + 1, 0).astype(np.uint16)
+            own = [picks[at] for at in places]
+            if len(own) > 65_535:
+                raise ValueError(
+                    f"budget: expected at most 65,535 parts of one image. Received: {len(own):,} of {self.pool.paths[image]}; take larger ones"
+                )
+            numbers_HW = np.zeros(self.pool.sizes_N2[image], np.uint16)
+            for pick, mask in zip(own, self.masks(image, own), strict=True):
+                x, y, width, height = pick.box
+                window_hw = numbers_HW[y : y + height, x : x + width]
+                window_hw[True if mask is None else mask] = pick.number
             file = folder / f"{self.pool.paths[image]}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(cv2.imencode(".png", kept_HW)[1].tobytes())
+            file.write_bytes(cv2.imencode(".png", numbers_HW)[1].tobytes())
 
     def items(self, picks: Sequence[Pick]) -> Iterator[annotation.Item]:
         """What labelling tools are told of each picked image."""
         for image, places in self.by_image(picks).items():
-            first, parts = picks[places[0]], self.regions_of(image)
+            own = [picks[at] for at in places]
             H, W = self.pool.sizes_N2[image].tolist()
-            regions = [] if parts is None else [
-                annotation.Region(
-                    picks[at].rank, picks[at].box, None if self.boxed else parts.mask(picks[at].number - 1), picks[at].score,
-                    picks[at].reason,
-                )
-                for at in places
+            regions = [] if self.unit == "image" else [
+                annotation.Region(pick.rank, pick.box, mask, pick.score, pick.reason)
+                for pick, mask in zip(own, self.masks(image, own), strict=True)
             ]  # fmt: skip
+            first = own[0]
             yield annotation.Item(
                 first.path, W, H, self.pool.labels(image), first.rank, first.score, first.reason, tuple(regions)
             )
 
-    @property
-    def boxed(self) -> bool:
-        """Whether parts are whole boxes."""
-        return self.wish.unit == "pixel" or (self.wish.unit == "region" and self.wish.region.startswith("grid"))
-
     def sheet(self, picks: Sequence[Pick], chosen: Chosen, about: dict[str, Any], formats: Sequence[str]) -> str:
         """The contact sheet as HTML."""
-        similar = chosen.similar[: contact.PAIRS]
+        similar = chosen.similar
         pictures = dict[str, bytes]()
         for image, places in list(self.by_image(picks).items())[:PICTURES]:
             pictures[self.pool.paths[image]] = self._picture(image, [picks[at] for at in places])
@@ -379,19 +445,36 @@ class _Scene:
             contact.Sheet(
                 self.pool.run,
                 contact.Asked(
-                    self.asked.unit, about["score"].replace("*", "×"), self.asked.budget, len(self.pool.paths), self.asked.budget_in,
-                    len(self.known.images), self.asked.radius, 0, {name: f"{share:.0%}" for name, share in self.asked.quotas.items()}, self.asked.seed,
+                    unit=self.asked.unit,
+                    score=about["score"].replace("*", "×"),
+                    budget=self.asked.budget,
+                    pool=len(self.pool.paths),
+                    counted_in=self.asked.budget_in,
+                    labelled=len(self.known.images | self.known.parts),
+                    radius=(self.asked.least or None) if self.pool.embeddings_ND is not None else None,
+                    gap=self._gap(),
+                    quotas={name: f"{share:.0%}" for name, share in self.asked.quotas.items()},
+                    seed=self.asked.seed,
+                    diversity=self.asked.diversity,
+                    plain=self.wish.plain,
                 ),
                 [self._row(pick) for pick in picks],
                 pictures,
                 contact.LeftOut(chosen.similar_count, [self._row(pick) for pick in similar]),
-                contact.LeftOut(chosen.blocked_count, [self._row(pick) for pick in chosen.blocked[: contact.BLOCKED]]),
+                contact.LeftOut(chosen.blocked_count, [self._row(pick) for pick in chosen.blocked]),
                 {name: None if each is None else list(each.values()) for name, each in about["balance"].items()},
                 about["comparison"],
                 files,
                 chosen.notes,
             )
         )  # fmt: skip
+
+    def _gap(self) -> int | str:
+        """The gap as the sheet says it."""
+        gap = self.asked.gap
+        if gap == "auto":
+            return "half of an even spread" if self.wish.unit == "image" else 0
+        return f"{gap[:-1]} s" if gap.endswith("s") else int(float(gap)) if float(gap).is_integer() else gap
 
     def _row(self, pick: Pick) -> dict[str, Any]:
         H, W = self.pool.sizes_N2[self.found.image_M[pick.row]].tolist()
@@ -418,12 +501,10 @@ class _Scene:
         if rgb is None:
             H, W = self.pool.sizes_N2[image].tolist()
             rgb = np.full((H, W, 3), 128, np.uint8)
-        parts = self.regions_of(image) if picks else None
-        if parts is None:
+        if not picks or self.unit == "image":
             return contact.outlined_jpeg(rgb)
-        boxes = [pick.box for pick in picks]
-        masks = None if self.boxed else [parts.mask(pick.number - 1) for pick in picks]
-        return contact.outlined_jpeg(rgb, boxes, masks, [pick.rank for pick in picks])
+        boxes, ranks = [pick.box for pick in picks], [pick.rank for pick in picks]
+        return contact.outlined_jpeg(rgb, boxes, self.masks(image, picks), ranks)
 
 
 def _shares(area_C: np.ndarray) -> list[float] | None:
@@ -431,7 +512,7 @@ def _shares(area_C: np.ndarray) -> list[float] | None:
 
 
 def _ordinal(number: int) -> str:
-    """
+    """A place, counted from the highest.
 
     >>> _ordinal(1), _ordinal(12), _ordinal(23)
     ('highest', '12th highest', '23rd highest')

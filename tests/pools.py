@@ -32,4 +32,5 @@ def make_candidates(pool, score, labelled=(), shares=None, clicks=None):
         np.arange(N), np.zeros(N, np.int64), boxes, boxes[:, 2] * boxes[:, 3], np.asarray(score, np.float64),
         pool.means["entropy"], np.random.default_rng(1).random(N), (own if shares is None else shares).astype(np.float32),
         np.zeros(N, np.int64) if clicks is None else np.asarray(clicks, np.int64), np.isin(np.arange(N), labelled),
+        np.full(N, 7, np.uint8),
     )  # fmt: skip

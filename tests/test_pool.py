@@ -115,8 +115,15 @@ def test_a_map_that_is_gone_or_damaged_is_named(copied):
     pool = read_pool(copied)
     file = copied / pool.paths[3] / "entropy.png"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(PoolError, match="is damaged: remove that folder and run the same export again"):
+    with pytest.raises(PoolError, match="is damaged.*remove that folder and run the same export again"):
         pool.map(3, "entropy")
+    for content in (b"", (copied / pool.paths[3] / "labels.png").read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(PoolError, match="is damaged.*remove that folder and run the same export again"):
+            pool.map(3, "entropy")
+    (copied / pool.paths[3] / "labels.png").write_bytes(b"GIF89a")
+    with pytest.raises(PoolError, match="labels.png is damaged"):
+        pool.labels(3)
     file.unlink()
     with pytest.raises(PoolError, match="entropy.png: No such file or directory. Run the same export again"):
         pool.map(3, "entropy")

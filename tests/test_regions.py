@@ -65,6 +65,10 @@ def test_pixels_are_the_best_with_room_between():
     values = [worth_HW[y, x] for x, y in places.tolist()]
     assert values == sorted(values, reverse=True) and values[0] == worth_HW.max()
     assert len(pixels(worth_HW[:5, :5], 12, spacing=8).sizes_R) == 1  # no room for more
+    known_HW = np.zeros((50, 60), bool)
+    known_HW[25, 30] = True
+    places = pixels(worth_HW, 40, known_HW, spacing=8).boxes_R4[:, :2]
+    assert np.abs(places - [30, 25]).max(1).min() >= 8
 
 
 def test_regions_of_numbers():
@@ -82,8 +86,13 @@ def test_clicks_count_corners_of_what_is_drawn():
     assert estimated_clicks(labels_HW) == 5
     labels_HW[10:40, 10:40] = 1  # a square, and the hole that it leaves
     assert estimated_clicks(labels_HW) == pytest.approx(15, abs=4)
+    before = estimated_clicks(labels_HW)
     labels_HW[50, 50] = 2  # too small to be drawn, as a square or as a hole
-    assert estimated_clicks(labels_HW) == pytest.approx(15, abs=4)
+    assert estimated_clicks(labels_HW) == before
     inside_HW = np.zeros((60, 60), bool)
     inside_HW[10:40, 10:40] = True
     assert estimated_clicks(labels_HW, inside_HW) == 5
+    line = np.zeros((60, 160), np.uint8)
+    line[30, 5:155] = 1  # one pixel wide, and long
+    assert estimated_clicks(line, line > 0) == 4  # of a line two corners are left; a polygon has three
+    assert estimated_clicks(line[:, :9], line[:, :9] > 0) == 0  # four pixels

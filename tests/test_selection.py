@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,15 +103,30 @@ def test_rounds_go_on_from_each_other(exported, tmp_path):
         first = select(exported, tmp_path / f"{unit}-1", budget=5, unit=unit, **settings)
         lists = [tmp_path / f"{unit}-1" / "selection.csv"]
         second = select(exported, tmp_path / f"{unit}-2", budget=5, unit=unit, labelled=lists, **settings)
+        drawn = [tmp_path / f"{unit}-1" / "random.csv"]
+        third = select(exported, tmp_path / f"{unit}-3", budget=5, unit=unit, labelled=drawn, **settings)
+        assert third.about["labelled_candidates"] == 5
+        assert {(pick.path, pick.box) for pick in first.random}.isdisjoint(
+            (pick.path, pick.box) for pick in third.picks
+        )
         seen = {(pick.path, pick.box) for pick in first.picks}
         assert seen.isdisjoint((pick.path, pick.box) for pick in second.picks)
         assert all(not np.isnan(pick.distance) for pick in second.picks)
 
 
 def test_an_earlier_selection_is_replaced_and_nothing_else(exported, tmp_path):
-    select(exported, tmp_path / "out", budget=3, unit="region", region="grid:32")
+    select(exported, tmp_path / "out", budget=3, unit="region", region="grid:32", hand_over=["coco"])
+    (tmp_path / "out" / "my labels").mkdir()
     select(exported, tmp_path / "out", budget=3)
-    assert not (tmp_path / "out" / "regions").exists()
+    names = ["my labels", "plain.csv", "random.csv", "selection.csv", "selection.html", "selection.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    with pytest.raises(
+        ValueError, match="OUT: expected another folder than that of .*selection.csv, which says what is labelled"
+    ):
+        select(exported, tmp_path / "out", budget=3, labelled=[tmp_path / "out" / "selection.csv"])
+    photos = Path(json.loads((exported / "run.json").read_text())["input"])
+    with pytest.raises(ValueError, match="OUT: expected a folder apart from the photos"):
+        select(exported, photos / "next", budget=3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="OUT: expected a new folder, or one of an earlier selection"):
@@ -118,6 +134,39 @@ def test_an_earlier_selection_is_replaced_and_nothing_else(exported, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ValueError, match="OUT: expected"):
         select(exported, exported, budget=3)
+
+
+def test_random_pixels_are_not_the_doubtful_ones(exported, tmp_path):
+    found = select(exported, tmp_path / "out", budget=240, unit="pixel", per_image=40, score="entropy:mean")
+    entropy = {}
+    for name, picks in (("ours", found.picks), ("random", found.random), ("plain", found.plain)):
+        maps = {
+            path: np.array(Image.open(exported / path / "entropy.png")) / 65535
+            for path in {pick.path for pick in picks}
+        }
+        entropy[name] = np.mean([maps[pick.path][pick.box[1], pick.box[0]] for pick in picks])
+    everywhere = np.mean([(np.array(Image.open(file)) / 65535).mean() for file in exported.rglob("entropy.png")])
+    assert abs(entropy["random"] - everywhere) < 0.02 < entropy["plain"] - everywhere
+    again = select(
+        exported,
+        tmp_path / "next",
+        budget=100,
+        unit="pixel",
+        per_image=40,
+        labelled=[tmp_path / "out" / "selection.csv"],
+    )
+    for pick in again.picks:
+        near = [other.box for other in found.picks if other.path == pick.path]
+        assert all(max(abs(pick.box[0] - x), abs(pick.box[1] - y)) >= 8 for x, y, _, _ in near)
+
+
+def test_the_sheet_says_what_was_asked(exported, tmp_path):
+    select(exported, tmp_path / "out", budget=3, gap=7, radius=0.2, quotas={"b": 0.05})
+    page = (tmp_path / "out" / "selection.html").read_text()
+    asked = " ".join(page[page.index("Asked for") :][:1500].split())
+    assert "7 frames" in asked and "0.2" in asked and "5%" in asked and "highest first" not in asked
+    select(exported, tmp_path / "out", budget=3, diversity=0.0, gap=0)
+    assert "the highest first" in (tmp_path / "out" / "selection.html").read_text()
 
 
 def test_without_the_photos_the_overlays_are_shown(exported, tmp_path):
@@ -140,6 +189,7 @@ def test_without_the_photos_the_overlays_are_shown(exported, tmp_path):
         ({"score": "disagreement"}, "needs an export with samples. Received: method none"), ({"quotas": {"tree": 0.1}}, "quota: expected classes of the model: a, b, c. Received: 'tree'"),
         ({"score": "entropy:foreground"}, "background: expected with a score of the foreground"), ({"unit": "region", "score": "entropy:patch:8"}, "patch is of whole images"),
         ({"gap": "10s"}, "gap: seconds need photos that say when they were taken"), ({"hand_over": ["yolo"]}, "hand-over: expected some of coco"),
+        ({"unit": "pixel", "score": "entropy:top:5"}, "score: expected of single pixels one of mean, no-boundary"), ({"diversity": float("nan")}, "diversity: expected a power"),
         ({"background": "z"}, "background: expected one of a, b, c"), ({"unit": "region", "region": "hexagon:9"}, "region: expected grid:SIDE"),
     ],
 )  # fmt: skip
@@ -166,7 +216,11 @@ def test_the_command(exported, tmp_path):
         return run.returncode, run.stderr
 
     code, told = call("--budget", "4", "--quota", "a=10%", "--hand-over", "coco")
-    assert code == 0 and "4 images picked" in told and (tmp_path / "out" / "coco.json").is_file()
+    assert (
+        code == 0
+        and "4 images picked, of 24, by entropy:class-weighted" in told
+        and (tmp_path / "out" / "coco.json").is_file()
+    )
     assert not (tmp_path / "out" / "cvat.xml").exists()
     for arguments, said in (
         ([], "budget: expected how much may be picked"), (["--budget", "99"], "budget: expected at most 24"),
