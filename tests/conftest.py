@@ -9,6 +9,7 @@ import torch
 
 from seguncert.model import build_net, save_model
 
+collect_ignore = ["readers"]  # runs in an environment of its own
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 CONFIG = {
