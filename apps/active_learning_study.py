@@ -485,7 +485,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="folder of the study; the same one goes on")],
     camvid: Annotated[Path | None, typer.Option(help="folder with train and val, images and labels")] = None,
     nuclei: Annotated[Path | None, typer.Option(help="the same of nuclei")] = None,
-    seeds: int = 3,
+    seeds: Annotated[int, typer.Option(help="how many, and of how many is told")] = 3,
     workers: Annotated[int, typer.Option(help="trainings at once, a thread each")] = 2,
     updates: Annotated[int | None, typer.Option(help="of each training, to try the study out")] = None,
     report_only: Annotated[bool, typer.Option(help="print and draw what there is")] = False,
@@ -509,7 +509,7 @@ def main(
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on")
             raise typer.Exit(130) from None
-    lines = read_results(out / "results.jsonl", plans)
+    lines = [line for line in read_results(out / "results.jsonl", plans) if line["seed"] < seeds]
     report(plans, lines, out, jpeg, {plan.name: describe(plan) for plan in plans})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ from seguncert.sheets import tiff_writer
 from seguncert.store import Store, stamp_of
 from seguncert.tables import write_tables
 from seguncert.tiles import Sampler
-from seguncert.video import Carry
+from seguncert.video import Carry, frame_of
 
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]  # names or folders of models
 CRASHES = 3  # after so many, an image is tried once more in a process of its own
@@ -229,11 +228,8 @@ def sequences(paths: list[str]) -> list[list[str]]:
     """
     found: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for path in paths:
-        suffix = Path(path).suffix
-        name = path[: len(path) - len(suffix)]
-        digits = re.search(r"[0-9]*$", name)
-        number = digits[0] if digits else ""
-        found.setdefault((name[: len(name) - len(number)], suffix), []).append((int(number or 0), path))
+        name, number = frame_of(path)
+        found.setdefault((name, Path(path).suffix), []).append((number or 0, path))
     return [[path for _, path in sorted(frames)] for _, frames in sorted(found.items())]
 
 
