@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from seguncert.evaluation import Evaluated, evaluate
     from seguncert.image import ImageError, Photo, read_image
     from seguncert.model import Model, ModelError, load_model, save_model, wrap_model
+    from seguncert.pool import PoolError
+    from seguncert.ranking import Ranking, rank_scores
     from seguncert.run import Result, analyse
+    from seguncert.selection import Selected, select
     from seguncert.sets import FittedSets, load_sets
     from seguncert.store import StoreError
     from seguncert.video import Carry
@@ -36,7 +39,10 @@ _HOMES = {
     "evaluation": ("Evaluated", "evaluate"),
     "image": ("ImageError", "Photo", "read_image"),
     "model": ("Model", "ModelError", "load_model", "save_model", "wrap_model"),
+    "pool": ("PoolError",),
+    "ranking": ("Ranking", "rank_scores"),
     "run": ("Result", "analyse"),
+    "selection": ("Selected", "select"),
     "sets": ("FittedSets", "load_sets"),
     "store": ("StoreError",),
     "video": ("Carry",),
@@ -56,7 +62,10 @@ __all__ = [
     "Model",
     "ModelError",
     "Photo",
+    "PoolError",
+    "Ranking",
     "Result",
+    "Selected",
     "StoreError",
     "analyse",
     "calibrate",
@@ -66,8 +75,10 @@ __all__ = [
     "load_calibration",
     "load_model",
     "load_sets",
+    "rank_scores",
     "read_image",
     "save_model",
+    "select",
     "wrap_model",
 ]
 
