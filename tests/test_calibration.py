@@ -1,8 +1,8 @@
 """What calibrators do to logits, against plain formulas in float64; and their files."""
 
-import errno
 import json
-from pathlib import Path
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -478,20 +478,20 @@ def test_a_file_that_is_not_there():
     assert str(error.value) == "nowhere.json: expected a calibration file. Received: No such file or directory"
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
     first, second = (Calibration(calibrators(3)[kind], MODEL, SAMPLING) for kind in ("temperature", "local"))
     first.save(tmp_path / "c.json")
-    write = Path.write_bytes
-
-    def half(self, data):
-        write(self, data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(StoreError, match=r"no space left to write .*c.json"):
-        second.save(tmp_path / "c.json")
-    with pytest.raises(StoreError, match="no space left"):
-        second.save(tmp_path / "new.json")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error then
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"no space left to write .*c.json"):
+            second.save(tmp_path / "c.json")
+        with pytest.raises(StoreError, match="no space left"):
+            second.save(tmp_path / "new.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert load_calibration(tmp_path / "c.json") == first and not (tmp_path / "new.json").exists()
 
 
