@@ -122,7 +122,7 @@ def make_export(out, N):
 def whole(N):
     """The choice of `seguncert select` among N images, from their ledger; without the pictures, which are not there."""
     from seguncert.aggregate import parse_score
-    from seguncert.candidates import Wish, find_candidates
+    from seguncert.candidates import AT_RANDOM, Wish, find_candidates
     from seguncert.choice import Asked, choose, in_order
     from seguncert.labelled import Labelled
     from seguncert.pool import read_pool
@@ -135,9 +135,9 @@ def whole(N):
         read = time.perf_counter() - started
         asked = Asked(PICKS, score="entropy:mean")
         wish = Wish("image", "grid:64", parse_score(asked.score), "entropy", 20, 0, False, 0)
-        candidates = find_candidates(found, wish, Labelled(), 2)
+        candidates = find_candidates(found, wish, Labelled(), 2).candidates
         chosen = choose(found, asked, candidates)
-        in_order(found, asked, candidates, candidates.key_M, "random")
+        in_order(found, asked, candidates, AT_RANDOM, candidates.key_M, "random")
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
