@@ -6,10 +6,12 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from scipy.stats import spearmanr
 
 import seguncert
+from seguncert import cli
 from seguncert.ranking import FIRST, figures, rank_scores
 
 
@@ -93,10 +95,17 @@ def test_the_command(labelled, tmp_path):
     told = call(labelled / "labels", "--ignore-index", "255", "--out", tmp_path / "t.csv")
     assert told.returncode == 0 and "entropy:class-weighted" in told.stdout and "(random order)" in told.stdout
     assert (tmp_path / "t.csv").read_text().startswith("unit,score,spearman,")
-    for arguments, said in (
-        ([str(tmp_path), "--ignore-index", "255"], "labels: expected a folder of PNGs of class indices"),
-        ([str(labelled / "labels")], "ignore-index: expected"),
-        ([str(labelled / "labels"), "--ignore-index", "none"], "Set --ignore-index, or correct the label"),
-    ):
-        told = call(*arguments)
-        assert told.returncode == 2 and said in told.stderr and len(told.stderr.strip().splitlines()) == 1, told.stderr
+
+
+@pytest.mark.parametrize(
+    "labels, ignore, said",
+    [
+        (".", "255", "labels: expected a folder of PNGs of class indices"), ("labels", None, "ignore-index: expected"),
+        ("labels", "none", "Set --ignore-index, or correct the label"),
+    ],
+)  # fmt: skip
+def test_wrong_commands_are_one_line(labelled, capsys, labels, ignore, said):
+    with pytest.raises(typer.Exit) as end:
+        cli.rank(labelled / "out", labelled / labels, ignore_index=ignore)
+    told = capsys.readouterr().err
+    assert end.value.exit_code == 2 and said in told and len(told.strip().splitlines()) == 1, told

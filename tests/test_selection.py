@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 import seguncert
+from seguncert import cli
 from seguncert.annotation import FORMATS
 from seguncert.pool import PoolError
 from seguncert.selection import select
@@ -216,15 +218,19 @@ def test_the_command(exported, tmp_path):
         return run.returncode, run.stderr
 
     code, told = call("--budget", "4", "--quota", "a=10%", "--hand-over", "coco")
-    assert (
-        code == 0
-        and "4 images picked, of 24, by entropy:class-weighted" in told
-        and (tmp_path / "out" / "coco.json").is_file()
-    )
-    assert not (tmp_path / "out" / "cvat.xml").exists()
-    for arguments, said in (
-        ([], "budget: expected how much may be picked"), (["--budget", "99"], "budget: expected at most 24"),
-        (["--budget", "4", "--quota", "a"], "quota: expected CLASS=SHARE"), (["--budget", "4", "--labelled", "none.txt"], "labelled: expected a list"),
-    ):  # fmt: skip
-        code, told = call(*arguments)
-        assert code == 2 and said in told and len(told.strip().splitlines()) == 1, told
+    assert code == 0 and "4 images picked, of 24, by entropy:class-weighted" in told
+    assert (tmp_path / "out" / "coco.json").is_file() and not (tmp_path / "out" / "cvat.xml").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({}, "budget: expected how much may be picked"), ({"budget": 99}, "budget: expected at most 24"), ({"budget": 4, "quota": ["a"]}, "quota: expected CLASS=SHARE"),
+        ({"budget": 4, "labelled": [Path("none.txt")]}, "labelled: expected a list"), ({"budget": 4, "quota": ["a=.1", "a=.2"]}, "each class once"),
+    ],
+)  # fmt: skip
+def test_wrong_commands_are_one_line(exported, tmp_path, capsys, arguments, said):
+    with pytest.raises(typer.Exit) as end:
+        cli.select(exported, tmp_path / "out", **arguments)
+    told = capsys.readouterr().err
+    assert end.value.exit_code == 2 and said in told and len(told.strip().splitlines()) == 1, told
