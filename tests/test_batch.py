@@ -17,13 +17,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import CARD, CONFIG
 from PIL import Image
 from torch import nn
 
 import seguncert
 from hostile import make_hostile
-from seguncert import batch, image, job, tiles
+from seguncert import batch, cli, image, job, tiles
 from seguncert.batch import export, list_images
 from seguncert.image import ImageError, read_image
 from seguncert.model import build_net, save_model, wrap_model
@@ -414,26 +415,26 @@ def test_listing_follows_links_once_and_leaves_out_the_output(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "source, options, message",
     [
-        (["IN", "OUT", "--model", "nosuch"], "no model 'nosuch': expected a bundled model"),
+        ("IN", {"model": ["nosuch"]}, "no model 'nosuch': expected a bundled model"),
         (
-            ["IN", "OUT", "--maps", "entropy,doubt"],
+            "IN",
+            {"maps": "entropy,doubt"},
             "mutual_information, variance, expected_entropy, set_size, each once. Received: entropy, doubt",
         ),
-        (["IN", "OUT", "--scale", "big"], "scale: expected auto, native or a factor"),
-        (["nowhere", "OUT"], "IN: expected a folder of images. Received: nowhere, which is not there"),
-        (["EMPTY", "OUT"], "no images in"),
+        ("IN", {"scale": "big"}, "scale: expected auto, native or a factor"),
+        ("nowhere", {}, "IN: expected a folder of images. Received: nowhere, which is not there"),
+        ("EMPTY", {}, "no images in"),
     ],
 )
-def test_wrong_calls_are_one_line_and_status_2(pictures, small_model, tmp_path, arguments, message):
+def test_wrong_calls_are_one_line_and_status_2(pictures, small_model, tmp_path, capsys, source, options, message):
     (tmp_path / "EMPTY").mkdir()
-    places = {"IN": pictures, "OUT": tmp_path / "out", "EMPTY": tmp_path / "EMPTY"}
-    arguments = [str(places.get(each, each)) for each in arguments]
-    if "--model" not in arguments:
-        arguments += ["--model", str(small_model)]
-    run = subprocess.run(command("export", *arguments), capture_output=True, text=True)
-    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+    source = {"IN": pictures, "EMPTY": tmp_path / "EMPTY"}.get(source, Path(source))
+    with pytest.raises(typer.Exit) as end:
+        cli.export(source, tmp_path / "out", **({"model": [str(small_model)]} | options))
+    told = capsys.readouterr().err
+    assert end.value.exit_code == 2 and message in told and len(told.strip().splitlines()) == 2, told  # loading …
     assert not (tmp_path / "out").exists()
 
 
@@ -519,7 +520,7 @@ def test_other_ways_to_draw_predictions(method, more, pictures, small_model, tmp
 
 def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
     settings = {"method": "mc-dropout", "samples": "auto", "insert_dropout": {"segmentation_head": 0.3}}
-    maps = ["confidence", "mutual_information"]
+    maps, pictures = ["confidence", "mutual_information"], pictures / "drive 0"
     for bound in (0.02, 0.005):
         out = tmp_path / str(bound)
         export(pictures, out, small_model, device="cpu", maps=maps, max_error=bound, **settings)
