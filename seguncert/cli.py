@@ -771,7 +771,8 @@ def rank(
     """Which score finds the images and cells with most error?
 
     On exported images of which you have labels, so that `select --score` can be chosen on your own data. Spearman is the rank
-    correlation of score and error rate (1 is best, random 0), AURC the mean error rate of the surest (low is best).
+    correlation of score and error rate (1 is best, random 0), AURC the mean error rate of the surest (low is best). Exit
+    status 1: some labels could not be used.
     """
     with _one_line_errors():
         ignored = _ignored(ignore_index)
@@ -792,7 +793,7 @@ def rank(
                 )
             except KeyboardInterrupt:
                 raise typer.Exit(STOPPED) from None
-        _say(*table_of(found), {})
+        _say(*table_of(found), found.failed)
         for note in found.notes:
             err.print(f"note: {note}")
         err.print(f"intervals: middle 95 % of {replicates} replicates over clusters: {found.clusters.about}")
@@ -801,6 +802,7 @@ def rank(
 
             write_file(out, found.csv())
             err.print(f"table: {out}")
+    raise typer.Exit(FAILED if found.failed else 0)
 
 
 def _fit(names: list[str], job: Callable[..., T]) -> T:

@@ -25,7 +25,7 @@ from seguncert.candidates import each_of
 from seguncert.clusters import FEW, Clusters, find_clusters
 from seguncert.detection import area_under_risk_coverage, ratio
 from seguncert.job import available_cores
-from seguncert.labels import IGNORED, find_labels, read_label
+from seguncert.labels import IGNORED, find_labels, read_labels
 from seguncert.pool import Pool, read_pool
 from seguncert.regions import grid
 
@@ -44,6 +44,7 @@ class Ranking:
     error_rate: dict[str, float]  # of each unit, over its units: what AURC is for a random order
     clusters: Clusters
     notes: list[str]
+    failed: dict[str, str]  # labels that cannot be used, by the image's path
 
     def csv(self) -> str:
         """All rows as a table."""
@@ -98,7 +99,7 @@ def rank_scores(
 
     Raises:
         PoolError: the export is none or is not finished.
-        ValueError: no image has labels, or labels do not fit.
+        ValueError: no image has labels that can be used; those of single images that cannot are told in the result.
     """
     pool = read_pool(Path(exported))
     by_stem = find_labels(Path(labels))
@@ -121,19 +122,28 @@ def rank_scores(
         foreground = 0
     weights_C = class_weights(pool.areas_NC.sum(0))
     judged: dict[str, _Image] = {}
-    notes = list[str]()
+    notes, failed = list[str](), dict[str, str]()
     if len(found) < len(pool.paths):
         notes.append(f"{len(pool.paths) - len(found)} of {len(pool.paths)} images have no labels and are passed over")
 
-    def judge(at: int) -> _Image | None:
+    def judge(at: int) -> _Image | str | None:
         image, file = found[at]
-        return _judge(pool, image, file, ignore_index, side, foreground, weights_C)
+        H, W = pool.sizes_N2[image].tolist()
+        try:
+            label_HW = read_labels([file], len(pool.classes), ignore_index, H, W)[0]
+        except (ValueError, OSError) as error:
+            return str(error)
+        return _judge(pool, image, label_HW, side, foreground, weights_C)
 
     for at, one in enumerate(each_of(judge, range(len(found)), workers or min(available_cores(), 16))):
-        if one is not None:
+        if isinstance(one, str):
+            failed[pool.paths[found[at][0]]] = one
+        elif one is not None:
             judged[pool.paths[found[at][0]]] = one
         if progress is not None:
             progress(at + 1, len(found))
+    if failed and not judged:
+        raise ValueError(f"labels: none of {len(found)} can be used, as {next(iter(failed.values()))}")
     if not judged:
         raise ValueError(f"labels: expected labelled pixels. Received: {len(found)} images of {labels} without any")
     clusters = find_clusters(list(judged))
@@ -150,11 +160,11 @@ def rank_scores(
             rows.append({"unit": unit, "score": name, **figures(score_U, wrong_U, pixels_U, image_U, weights_BN)})
     if drawn < FEW:
         notes.append(
-            f"only {drawn} clusters of images: "
+            f"only {drawn} cluster{'s' * (drawn != 1)} of images: "
             + ("no interval can be told" if drawn < 2 else "the intervals are too narrow")
         )
     rows.sort(key=lambda row: (row["unit"] != "image", -np.nan_to_num(row["spearman"], nan=-2.0), row["score"]))
-    return Ranking(rows, units, rates, clusters, notes)
+    return Ranking(rows, units, rates, clusters, notes, failed)
 
 
 def figures(
@@ -239,15 +249,10 @@ def _draw(clusters: Clusters, paths: Sequence[str], replicates: int, seed: int) 
 
 
 def _judge(
-    pool: Pool, image: int, file: Path, ignore_index: int | None, side: int, background: int, weights_C: np.ndarray
+    pool: Pool, image: int, label_HW: np.ndarray, side: int, background: int, weights_C: np.ndarray
 ) -> _Image | None:
     """One image and its cells; None if nothing of it is labelled."""
-    shown_HW, label_HW = pool.labels(image), read_label(file, len(pool.classes), ignore_index)
-    if label_HW.shape != shown_HW.shape:
-        H, W = shown_HW.shape
-        raise ValueError(
-            f"{file}: expected the size of its image, {W}x{H}. Received: {label_HW.shape[1]}x{label_HW.shape[0]}"
-        )
+    shown_HW = pool.labels(image)
     known_HW = label_HW != IGNORED
     if not known_HW.any():
         return None

@@ -71,6 +71,7 @@ OURS = (
     "selection.json", "selection.csv", "selection.html", "random.csv", "plain.csv", "regions", "random-regions", "plain-regions",
     "coco.json", "cvat.xml", "cvat-labels.json", "cvat-masks.zip", "label-studio.json", "label-studio.xml", "png",
 )  # fmt: skip
+FORMER = ".former"  # where an earlier selection lies while it is replaced
 PICTURES = 200  # on the contact sheet
 MENTIONED = 0.15  # share of the doubt from which on a class is worth a word
 PLAIN = "entropy"  # the map whose plain mean is compared with, where the export has it
@@ -160,7 +161,7 @@ def select(
     unknown = [name for name in hand_over if name not in annotation.FORMATS]
     if unknown:
         raise ValueError(f"hand-over: expected some of {', '.join(annotation.FORMATS)}. Received: {unknown[0]!r}")
-    _check_out(out, exported, Path(pool.run["input"]), labelled)
+    _check_out(out, Path(pool.run["input"]), labelled)
     known = read_labelled(labelled, pool.paths)
     every = find_candidates(pool, wish, known, workers or min(available_cores(), 16), progress)
     found, left = every.candidates, every.total - every.labelled
@@ -179,10 +180,9 @@ def select(
         chosen.notes.append(f"of {every.total:,} {unit}s the {MOST:,} of best score were looked at")
     scene = _Scene(pool, wish, asked, found, known, every)
     picks = scene.explained(chosen.picks)
-    part, former = out / ".part", out / ".former"
+    part = out / ".part"
     try:
-        for folder in (part, former):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
             for name, rows in (("selection", picks), ("random", drawn), ("plain", greedy)):
@@ -199,13 +199,7 @@ def select(
             about = scene.about(picks, drawn, greedy, chosen)
             write_file(part / "selection.html", scene.sheet(picks, chosen, about, hand_over))
             write_file(part / "selection.json", json.dumps(about, indent=2) + "\n")
-            former.mkdir()
-            for name in [*OURS, *os.listdir(part)]:
-                if (out / name).exists():
-                    os.replace(out / name, former / name)
-            for name in os.listdir(part):
-                os.replace(part / name, out / name)
-            shutil.rmtree(former)
+            _replace(out, part)
         finally:
             shutil.rmtree(part, ignore_errors=True)
             if not any(out.iterdir()):
@@ -229,9 +223,10 @@ def _background(pool: Pool, asked: Asked) -> int:
     return pool.classes.index(asked.background)
 
 
-def _check_out(out: Path, exported: Path, photos: Path, labelled: Sequence[str | os.PathLike[str]]) -> None:
+def _check_out(out: Path, photos: Path, labelled: Sequence[str | os.PathLike[str]]) -> None:
     """Raise ValueError where writing to `out` would take something from the user."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "selection.json").is_file())):
+    ours = [out / "selection.json", out / FORMER / "selection.json"]  # the latter after a kill between the two
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any(each.is_file() for each in ours))):
         raise ValueError(
             f"OUT: expected a new folder, or one of an earlier selection. Received: {out}, which holds something else"
         )
@@ -244,6 +239,27 @@ def _check_out(out: Path, exported: Path, photos: Path, labelled: Sequence[str |
             raise ValueError(
                 f"OUT: expected another folder than that of {each}, which says what is labelled and would be replaced. Received: {out}"
             )
+
+
+def _replace(out: Path, part: Path) -> None:
+    """Bring what is in `part` to `out` in place of an earlier selection, which comes back if that fails."""
+    former = out / FORMER
+    shutil.rmtree(former, ignore_errors=True)
+    former.mkdir()
+    try:
+        for name in OURS:
+            if (out / name).exists():
+                os.replace(out / name, former / name)
+        for name in os.listdir(part):
+            os.replace(part / name, out / name)
+    except BaseException:
+        for name in os.listdir(former):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            os.replace(former / name, out / name)
+        former.rmdir()
+        raise
+    shutil.rmtree(former)
 
 
 def _table(picks: Sequence[Pick], unit: str) -> str:

@@ -1,5 +1,6 @@
 """Figures of scores against scipy and plain loops, and what the command prints."""
 
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +96,19 @@ def test_the_command(labelled, tmp_path):
     told = call(labelled / "labels", "--ignore-index", "255", "--out", tmp_path / "t.csv")
     assert told.returncode == 0 and "entropy:class-weighted" in told.stdout and "(random order)" in told.stdout
     assert (tmp_path / "t.csv").read_text().startswith("unit,score,spearman,")
+
+
+def test_labels_that_cannot_be_used_are_named_and_the_rest_goes_on(labelled, tmp_path, capsys):
+    shutil.copytree(labelled / "labels", tmp_path / "labels")
+    first, second = sorted((tmp_path / "labels").rglob("*.png"))[:2]
+    cv2.imwrite(str(first), np.zeros((5, 5), np.uint8))
+    second.write_bytes(b"no picture")
+    found = rank_scores(labelled / "out", tmp_path / "labels", ignore_index=255, replicates=5)
+    assert found.units["image"] == 21 and len(found.failed) == 2
+    assert any("expected the size of its image" in why for why in found.failed.values())
+    with pytest.raises(typer.Exit) as end:
+        cli.rank(labelled / "out", tmp_path / "labels", ignore_index="255", replicates=5)
+    assert end.value.exit_code == 1 and capsys.readouterr().err.count("failed: ") == 2
 
 
 @pytest.mark.parametrize(

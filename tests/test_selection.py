@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import typer
 from PIL import Image
 
 import seguncert
-from seguncert import cli
+from seguncert import cli, selection
 from seguncert.annotation import FORMATS
 from seguncert.pool import PoolError
 from seguncert.selection import select
+from seguncert.store import StoreError
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,29 @@ def test_an_earlier_selection_is_replaced_and_nothing_else(exported, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ValueError, match="OUT: expected"):
         select(exported, exported, budget=3)
+
+
+def test_what_fails_half_way_leaves_the_earlier_selection(exported, tmp_path, monkeypatch):
+    select(exported, tmp_path / "out", budget=3, unit="region", region="grid:32")
+    before = fingerprint(tmp_path / "out")
+    move, moved = os.replace, []
+
+    def fail(source, target):
+        if Path(source).parent.name == ".part" and len(moved) == 2:
+            raise OSError(5, "Input/output error")
+        moved.extend([source] * (Path(source).parent.name == ".part"))
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(selection, "write_file", lambda path, content: path.write_text(content))
+    with pytest.raises(StoreError, match="cannot write .*out: Input/output error"):
+        select(exported, tmp_path / "out", budget=5)
+    assert fingerprint(tmp_path / "out") == before and len(moved) == 2
+    monkeypatch.undo()
+    (tmp_path / "out" / ".former").mkdir()  # and after a kill between the two
+    for file in ("selection.json", "selection.csv"):
+        os.replace(tmp_path / "out" / file, tmp_path / "out" / ".former" / file)
+    assert len(select(exported, tmp_path / "out", budget=5).picks) == 5
 
 
 def test_random_pixels_are_not_the_doubtful_ones(exported, tmp_path):
