@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from seguncert.run import Result, analyse
     from seguncert.selection import Selected, select
     from seguncert.sets import FittedSets, load_sets
+    from seguncert.stochastic import (
+        LogitDistribution,
+        LowRankHead,
+        logit_distribution,
+        put_stochastic_head,
+        stochastic_nll,
+    )
     from seguncert.store import StoreError
     from seguncert.video import Carry
 
@@ -44,6 +51,7 @@ _HOMES = {
     "run": ("Result", "analyse"),
     "selection": ("Selected", "select"),
     "sets": ("FittedSets", "load_sets"),
+    "stochastic": ("LogitDistribution", "LowRankHead", "logit_distribution", "put_stochastic_head", "stochastic_nll"),
     "store": ("StoreError",),
     "video": ("Carry",),
 }
@@ -59,6 +67,8 @@ __all__ = [
     "Exported",
     "FittedSets",
     "ImageError",
+    "LogitDistribution",
+    "LowRankHead",
     "Model",
     "ModelError",
     "Photo",
@@ -75,10 +85,13 @@ __all__ = [
     "load_calibration",
     "load_model",
     "load_sets",
+    "logit_distribution",
+    "put_stochastic_head",
     "rank_scores",
     "read_image",
     "save_model",
     "select",
+    "stochastic_nll",
     "wrap_model",
 ]
 
