@@ -12,7 +12,7 @@ import pytest
 import typer
 from scipy.special import softmax
 
-from seguncert import cli, image, job, tiles
+from seguncert import cli_fit, image, job, tiles
 from seguncert.batch import export
 from seguncert.calibration import Calibration, Scaling, load_calibration
 from seguncert.conforming import conform, table_of
@@ -360,7 +360,7 @@ def test_a_stopped_fit_says_so(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as end:
-        cli._fit(["small"], stop)
+        cli_fit.fit(["small"], stop)
     assert end.value.exit_code == 130 and "stopped; nothing was written" in capsys.readouterr().err
 
 
