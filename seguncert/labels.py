@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from seguncert.image import IMAGE_SUFFIXES, LARGE
@@ -70,6 +70,20 @@ def read_labels(
             )
         own_HW[:] = labels_HW
     return said_KHW
+
+
+def rater_shares(said_KN: UInt8[np.ndarray, "K ..."], C: int) -> Float32[np.ndarray, "C ..."]:
+    """Of the raters who labelled a pixel, the share that says each class; 0 for every class where none did.
+
+    `said_KN` are class indices below C, or `IGNORED`, by K raters, of pixels in any arrangement.
+
+    >>> rater_shares(np.array([[0, 1, 255], [1, 1, 255], [255, 1, 255]], np.uint8), 2)
+    array([[0.5, 0. , 0. ],
+           [0.5, 1. , 0. ]], dtype=float32)
+    """
+    shares_CN = np.stack([(said_KN == c).sum(0) for c in range(C)]).astype(np.float32)
+    shares_CN /= np.maximum(shares_CN.sum(0), 1)
+    return shares_CN
 
 
 def _decode(path: Path) -> np.ndarray:
