@@ -3,6 +3,7 @@
     python -m seguncert.apps.train IMAGES LABELS OUT --classes Sky,Building,... --ignore-index 11
 
 The loss is plain cross-entropy: a proper score, so the softmax estimates a posterior (class weights would bend it).
+Labels by more raters (--rater FOLDER) make it that with the distribution of what they say.
 The weights written are an exponential moving average over updates. A run that is stopped goes on when the same
 command is given again, with the same batches: every random number is drawn from (seed, epoch, image).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +25,10 @@ import cv2
 import numpy as np
 import torch
 import typer
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +37,7 @@ from seguncert.apps.pretrained import freeze_filters, load_imagenet
 from seguncert.card import default_colours
 from seguncert.evaluation import measure, total
 from seguncert.image import read_image
-from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.labels import IGNORED, find_pairs, rater_shares, read_labels
 from seguncert.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -44,6 +48,8 @@ from seguncert.model import (
     put_dropout,
     save_model,
 )
+
+Pairs = list[tuple[Path, list[Path]]]  # an image, and its labels by each rater
 
 console = Console(stderr=True)
 
@@ -71,70 +77,92 @@ class Recipe:
     init: str
     pretrained: bool
     leave_out: tuple[str, ...]
+    raters: tuple[str, ...] = ()  # folders of labels, where there are several
 
 
 class Crops(Dataset):
     """Random crops; item (epoch, slot) is a pure function of the seed, the epoch and the slot.
 
     An image has a slot in each epoch, and more of them the larger it is: the square root of how many crops it holds,
-    so that neither the pixels of large images nor small images go short.
+    so that neither the pixels of large images nor small images go short. The target is one rater's classes (H, W), or
+    the shares (C, H, W) of several.
     """
 
-    def __init__(self, pairs: list[tuple[Path, Path]], recipe: Recipe):
+    def __init__(self, pairs: Pairs, recipe: Recipe):
         self.recipe = recipe
         self.slots = [
             pair for pair in pairs for _ in range(max(1, math.isqrt(_area(pair[0]) // math.prod(recipe.crop))))
         ]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, slot = key
         cv2.setNumThreads(0)
         rng = np.random.default_rng([self.recipe.seed, epoch, slot])
-        image, label = self.slots[slot]
-        rgb, label_HW = augment(
-            read_image(image).rgb,
-            read_label(label, len(self.recipe.classes), self.recipe.ignore_index),
-            self.recipe,
-            rng,
-        )
-        return torch.from_numpy(rgb), torch.from_numpy(label_HW.astype(np.int64))
+        (image, labels), C = self.slots[slot], len(self.recipe.classes)
+        rgb = read_image(image).rgb
+        labels_KHW = read_labels(labels, C, self.recipe.ignore_index, *rgb.shape[:2])
+        rgb, labels_KHW = augment(rgb, labels_KHW, self.recipe, rng)
+        target = labels_KHW[0].astype(np.int64) if len(labels_KHW) == 1 else rater_shares(labels_KHW, C)
+        return torch.from_numpy(rgb), torch.from_numpy(target)
 
 
-def augment(rgb: np.ndarray, label: np.ndarray, recipe: Recipe, rng: np.random.Generator):
+def augment(
+    rgb: UInt8[np.ndarray, "H W 3"], labels_KHW: UInt8[np.ndarray, "K H W"], recipe: Recipe, rng: np.random.Generator
+) -> tuple[Float32[np.ndarray, "3 h w"], UInt8[np.ndarray, "K h w"]]:
     """A crop of `recipe.crop` at a random scale, flipped, with brightness, contrast, saturation and hue moved."""
     crop_height, crop_width = recipe.crop
     factor = math.exp(rng.uniform(*np.log(recipe.scale_range)))
-    height, width = (max(1, round(side * factor)) for side in label.shape)
+    height, width = (max(1, round(side * factor)) for side in labels_KHW.shape[1:])
     window_height, window_width = min(height, crop_height), min(width, crop_width)
     top, left = rng.integers(0, height - window_height + 1), rng.integers(0, width - window_width + 1)
     # resize only what the crop needs: source window -> crop
     matrix = np.array([[factor, 0, (factor - 1) / 2 - left], [0, factor, (factor - 1) / 2 - top]])
     size = (window_width, window_height)
     rgb = cv2.warpAffine(rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    label = cv2.warpAffine(
-        label, matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORED
-    )
+    moved = [
+        cv2.warpAffine(
+            each_HW, matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORED
+        )
+        for each_HW in labels_KHW
+    ]
+    labels_KHW = np.stack(moved)
     below, right = crop_height - window_height, crop_width - window_width
     if below or right:
         rgb = cv2.copyMakeBorder(rgb, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(124, 116, 104))
-        label = cv2.copyMakeBorder(label, 0, below, 0, right, cv2.BORDER_CONSTANT, value=IGNORED)
+        labels_KHW = np.pad(labels_KHW, ((0, 0), (0, below), (0, right)), constant_values=IGNORED)
     if rng.random() < 0.5:
-        rgb, label = rgb[:, ::-1], label[:, ::-1]
+        rgb, labels_KHW = rgb[:, ::-1], labels_KHW[..., ::-1]
     if recipe.rotate:  # for pictures without an up: any of the eight orientations
         turns = int(rng.integers(4))
-        rgb, label = np.rot90(rgb, turns), np.rot90(label, turns)
+        rgb, labels_KHW = np.rot90(rgb, turns), np.rot90(labels_KHW, turns, axes=(1, 2))
     rgb = rgb.astype(np.float32) / 255
     grey = rgb.mean(axis=2, keepdims=True)
     rgb = grey + (rgb - grey) * rng.uniform(0.5, 1.5)
     rgb = (rgb - rgb.mean()) * rng.uniform(0.7, 1.4) + rgb.mean() + rng.uniform(-0.15, 0.15)
     rgb = np.clip(rgb * rng.uniform(0.93, 1.07, 3).astype(np.float32), 0, 1) ** rng.uniform(0.8, 1.25)
     normalised = (rgb - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(label)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(labels_KHW)
 
 
 def _area(image: Path) -> int:
     with Image.open(image) as header:
         return math.prod(header.size)
+
+
+def soft_cross_entropy(
+    logits_BCHW: Float[Tensor, "B C H W"], shares_BCHW: Float32[Tensor, "B C H W"]
+) -> Float32[Tensor, ""]:
+    """Mean over labelled pixels of −Σ_c t_c ln p_c in nats, p the softmax of the logits; NaN if none is labelled.
+
+    The shares t of a pixel sum to 1, or are all 0 where it has no label, see `seguncert.labels.rater_shares`. A pixel
+    counts as one, labelled by all raters or by one of them, as where a calibrator is fitted and a net evaluated.
+
+    >>> logits_BCHW = torch.tensor([0.8, 0.2]).log().reshape(1, 2, 1, 1)
+    >>> round(soft_cross_entropy(logits_BCHW, torch.full((1, 2, 1, 1), 0.5)).item(), 4)  # −(ln 0.8 + ln 0.2) / 2
+    0.9163
+    """
+    log_probs_BCHW = logits_BCHW.float().log_softmax(1)
+    return -(shares_BCHW * log_probs_BCHW).sum() / shares_BCHW.any(1).sum()
 
 
 def learning_rate(update: int, updates: int, peak: float) -> float:
@@ -147,7 +175,7 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
 
 def fit(
     net: torch.nn.Module,
-    pairs: list[tuple[Path, Path]],
+    pairs: Pairs,
     recipe: Recipe,
     checkpoint: Path,
     check: Callable[[torch.nn.Module], dict[str, float]],
@@ -163,7 +191,7 @@ def fit(
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         if state["recipe"] != json.dumps(asdict(recipe)) or state["images"] != names:
             raise ValueError(
-                f"{checkpoint} is from another recipe or other images. Give the same, another OUT, or remove it."
+                f"{checkpoint} is from another recipe, other raters or other images. Give the same, another OUT, or remove it."
             )
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
@@ -191,10 +219,14 @@ def fit(
             rate = learning_rate(epoch * per_epoch + at, recipe.epochs * per_epoch, recipe.rate)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["share"]
-            input_B3HW, label_BHW = next(loader)
+            input_B3HW, target = next(loader)
             with half_precision(device):
                 logits_BCHW = net(input_B3HW.to(device, memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits_BCHW.float(), label_BHW.to(device), ignore_index=IGNORED)
+            target = target.to(device)
+            if recipe.raters:
+                loss = soft_cross_entropy(logits_BCHW, target)
+            else:
+                loss = F.cross_entropy(logits_BCHW.float(), target, ignore_index=IGNORED)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss became {loss.item()} in epoch {epoch + 1}; lower --rate")
             optimiser.zero_grad(set_to_none=True)
@@ -248,6 +280,10 @@ def train(
     out: Annotated[Path, typer.Argument(help="the model folder to write")],
     classes: Annotated[str, typer.Option(help="class names in the order of their indices, comma between")],
     ignore_index: Annotated[int | None, typer.Option(help="label of pixels that do not count")] = None,
+    rater: Annotated[
+        list[Path] | None,
+        typer.Option(help="labels of the same images by one more rater; what is learnt is the distribution of all"),
+    ] = None,
     val_images: Annotated[Path | None, typer.Option(help="to watch mIoU, accuracy and NLL every 5 epochs")] = None,
     val_labels: Path | None = None,
     leave_out: Annotated[list[str] | None, typer.Option(help="a sequence (name before _) not trained on")] = None,
@@ -275,22 +311,25 @@ def train(
 ) -> None:
     """Train, measure on val while training, and write OUT/config.json, model.safetensors and card.json."""
     left_out = tuple(leave_out or ())
+    raters = tuple(str(folder.resolve()) for folder in (labels, *rater)) if rater else ()
     recipe = Recipe(
         architecture, encoder, tuple(int(n) for n in decoder_channels.split(",")), tuple(classes.split(",")),
         ignore_index, dropout, epochs, batch, _pair(crop, "x", int), _pair(scale_range, ",", float), rotate, rate,
-        encoder_rate, decay, average, seed, str(init or ""), pretrained, left_out,
+        encoder_rate, decay, average, seed, str(init or ""), pretrained, left_out, raters,
     )  # fmt: skip
     if rotate and recipe.crop[0] != recipe.crop[1]:
         raise ValueError(f"rotate: expected a square crop. Received: {crop}")
     if (val_images is None) != (val_labels is None):
         raise ValueError("val: expected --val-images and --val-labels together. Received: one of them")
-    pairs = find_pairs(images, labels)
-    sequences = {image.stem.split("_")[0] for image, _ in pairs}
+    of_rater = [dict(find_pairs(images, folder)) for folder in (labels, *(rater or ()))]
+    sequences = {image.stem.split("_")[0] for image in of_rater[0]}
     if not set(left_out) < sequences:
         raise ValueError(
             f"leave-out: expected some of the sequences {', '.join(sorted(sequences))}, not all. Received: {', '.join(left_out)}"
         )
-    pairs = [pair for pair in pairs if pair[0].stem.split("_")[0] not in left_out]
+    pairs = [
+        (image, [each[image] for each in of_rater]) for image in of_rater[0] if image.stem.split("_")[0] not in left_out
+    ]
     val_pairs = find_pairs(val_images, val_labels) if val_images and val_labels else []
     more = json.loads(card.read_text()) if card else {}
     C = len(recipe.classes)
@@ -326,10 +365,15 @@ def train(
         "name": out.name, "classes": list(recipe.classes), "colours": default_colours(C), "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD, "frame": None if frame == "none" else _pair(frame, "x", int),
         "dropout": [{"before": "segmentation_head", "p": dropout}],
-        "recipe": asdict(recipe) | {"init": init.name if init else None},
+        "recipe": asdict(recipe) | {"init": init.name if init else None, "raters": [Path(each).name for each in raters]},
     }  # fmt: skip
     save_model(out, averaged, config, known | more)
     console.print(f"wrote {out}; try: seguncert export IMAGES OUT --model {out}")
+
+
+def in_one_line(error: ValueError) -> str:
+    """What was wrong, also where it was said by a process that reads: there it is the last line of a traceback."""
+    return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
 
 
 def _pair(text: str, separator: str, kind: type) -> tuple:
@@ -344,5 +388,5 @@ if __name__ == "__main__":
     try:
         typer.run(train)
     except ValueError as error:  # the user's to mend: one line
-        print(error, file=sys.stderr)
+        print(in_one_line(error), file=sys.stderr)
         sys.exit(2)
