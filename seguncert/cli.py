@@ -33,10 +33,11 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(version("seguncert"))
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 
@@ -306,8 +306,9 @@ def test_the_report_says_what_was_reached(plan, tmp_path):
         assert picture.shape[0] > 400 and picture.std() > 5
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-m", "seguncert.apps.active_learning_study", str(tmp_path)], capture_output=True, text=True
-    )
-    assert run.returncode == 2 and run.stderr == "data: expected --camvid or --nuclei, or both. Received: none\n"
+def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["active_learning_study", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(study.__file__, run_name="__main__")
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told == "data: expected --camvid or --nuclei, or both. Received: none\n"

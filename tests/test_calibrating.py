@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from calls import call
 from conftest import CARD, CONFIG
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
@@ -379,6 +380,8 @@ def test_the_commands(folder, small_model):
     code, out, said = run("calibrate", folder / "images", folder / "labels", file, *model, "--ignore-index", VOID, "--all-pixels")  # fmt: skip
     assert code == 1 and "failed: a/s1_0.png: " in said and f"calibration: {file}" in said.replace("\n", "")
     assert "worst fold" in out and "temperature" in out and load_calibration(file).kind != "none"
-    code, _, said = run("export", folder / "images", folder / "out", *model, "--calibration", file, "--scale", "native")
+    code, _, said = call(
+        "export", folder / "images", folder / "out", *model, "--calibration", file, "--scale", "native"
+    )
     assert code == 2 and "expected one that was fitted with scale native" in said and len(said.splitlines()) == 2
     assert not (folder / "out").exists()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from calls import call
 from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 
@@ -393,7 +393,7 @@ def test_a_stop_ends_what_is_under_way_and_writes_nothing(folder, model):
     assert threading.active_count() == 1 or not any("ThreadPool" in each.name for each in threading.enumerate())
 
 
-def test_the_command_says_what_it_found(folder, small_model):
+def test_the_command_says_what_it_found(folder, small_model, monkeypatch):
     (folder / "labels" / "a" / "drive_0.png").unlink()
     command = [
         sys.executable,
@@ -410,15 +410,16 @@ def test_the_command_says_what_it_found(folder, small_model):
     assert "Mean IoU" in run.stdout and "ECE, top label" in run.stdout
     assert "7 images judged, 1 failed" in run.stderr and "report.html" in run.stderr
     worse = ["--ignore-index", "255", "--corruptions", "fog, jpeg", "--corrupted", "2"]
-    run = subprocess.run([*command, *worse], capture_output=True, text=True)
-    assert "severity 3" in run.stdout and "JPEG" in run.stdout, run.stderr
-    assert "made worse: 2 images judged, 2 evenly spaced of 7 with a label" in run.stderr
-    told = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
-    assert all(name in told.stdout for name in CORRUPTIONS) and "1 + 5 x" in told.stdout
+    _, table, told = call(*command[3:], *worse)
+    assert "severity 3" in table and "JPEG" in table, told
+    assert "made worse: 2 images judged, 2 evenly spaced of 7 with a label" in told
+    monkeypatch.setenv("COLUMNS", "300")
+    _, about, _ = call("evaluate", "--help")
+    assert all(name in about for name in CORRUPTIONS) and "1 + 5 x" in about
     for wrong in ([], ["--ignore-index", "void"]):
-        run = subprocess.run([*command, *wrong], capture_output=True, text=True)
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-        assert "Give --ignore-index N, or --ignore-index none." in run.stderr
+        code, _, told = call(*command[3:], *wrong)
+        assert code == 2 and len(told.splitlines()) == 1
+        assert "Give --ignore-index N, or --ignore-index none." in told
 
 
 def test_nothing_but_ignored_pixels_is_an_error():

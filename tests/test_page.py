@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+from calls import call
 from server import page
 
 import seguncert
@@ -604,9 +603,8 @@ def test_nothing_left_the_machine(served):
 
 @pytest.mark.parametrize("options", [["--host", "0.0.0.0"], ["--auth", "nobody"], ["--auth", ":x"]])
 def test_more_than_this_machine_needs_a_password(options):
-    command = [sys.executable, "-m", "seguncert.cli", "app", *options]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "auth" in run.stderr
+    code, _, told = call("app", *options)
+    assert code == 2 and len(told.strip().splitlines()) == 1 and "auth" in told
 
 
 def test_with_a_password_nothing_is_shown_without(tmp_path):
