@@ -8,6 +8,7 @@
     divisor    sides are padded to a multiple of it                         [32]
     head       softmax: a channel a class; sigmoid: one channel, two classes                                [softmax]
     dropout    list of {"before": submodule, "p": probability}, inserted at load                            [none]
+    stochastic_head   {"rank": R} of the `LowRankHead` that is put in place of the net's own at load        [null]
 
 More entries (licence, trained_on, measured, ...) are kept as they are.
 """
@@ -52,7 +53,7 @@ def check_card(entries: dict[str, Any], where: str) -> dict[str, Any]:
     missing = [key for key in ("name", "classes", "mean", "std") if entries.get(key) is None]
     if missing:
         raise ModelError(f"{where}: {missing[0]!r} is missing; a card needs name, classes, mean, std, sha256")
-    defaults: dict[str, Any] = {"frame": None, "divisor": 32, "head": "softmax", "dropout": []}
+    defaults: dict[str, Any] = {"frame": None, "divisor": 32, "head": "softmax", "dropout": [], "stochastic_head": None}
     card = defaults | {key: value for key, value in entries.items() if value is not None}
     for key, expected, holds in _CHECKS:
         if not holds(card[key]):
@@ -96,6 +97,10 @@ def _insertions(values: Any) -> bool:
     return all(isinstance(each, dict) and {"before", "p"} <= set(each) and _number(each["p"], 0, 1) for each in values)
 
 
+def _rank(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"rank"} and _whole(value["rank"], 1, 256)
+
+
 _CHECKS: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("name", "a name", lambda value: isinstance(value, str) and bool(value)),
     ("classes", "2 to 255 different names", _names),
@@ -104,5 +109,6 @@ _CHECKS: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("frame", "null, or [height, width]", lambda v: v is None or _list_of(v, 2, lambda x: _whole(x, 1, 100_000))),
     ("divisor", "a whole number from 1 to 1024", lambda value: _whole(value, 1, 1024)),
     ("head", "softmax or sigmoid", lambda value: value in ("softmax", "sigmoid")),
+    ("stochastic_head", 'null, or {"rank": a whole number from 1 to 256}', lambda v: v is None or _rank(v)),
     ("dropout", 'a list of {"before": name, "p": probability}', _insertions),
 ]

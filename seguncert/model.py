@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from seguncert.card import ModelError, check_card, read_json
+from seguncert.stochastic import put_stochastic_head, stochastic_heads
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -98,7 +99,7 @@ def load_model(
             f"{folder}: model.safetensors is not the file that card.json describes."
             f" Expected sha256 {card.get('sha256')}. Received: {digest}. Copy the folder again, or correct the card."
         )
-    net = load_net(folder)
+    net = load_net(folder, card["stochastic_head"])
     inserted = [{"before": place, "p": p, "inserted": "after training"} for place, p in (insert_dropout or {}).items()]
     card = card | {"dropout": card["dropout"] + inserted}
     for dropout in card["dropout"]:
@@ -107,8 +108,11 @@ def load_model(
     return replace(model, folder=folder)
 
 
-def load_net(folder: str | os.PathLike[str]) -> nn.Module:
-    """The bare net of a folder with config.json and model.safetensors, in eval mode, float32, on the CPU."""
+def load_net(folder: str | os.PathLike[str], stochastic_head: Mapping[str, int] | None = None) -> nn.Module:
+    """The bare net of a folder with config.json and model.safetensors, in eval mode, float32, on the CPU.
+
+    `stochastic_head` is as a card has it.
+    """
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if config.get("activation"):
@@ -116,6 +120,8 @@ def load_net(folder: str | os.PathLike[str]) -> nn.Module:
                          f" Received: {config['activation']!r}. Set it to null; the weights stay as they are.")  # fmt: skip
     try:
         net = build_net(config)
+        if stochastic_head:
+            put_stochastic_head(net, int(stochastic_head["rank"]))
         net.load_state_dict(load_file(folder / "model.safetensors"))
     except ModelError:
         raise
@@ -139,7 +145,7 @@ def build_net(config: dict[str, Any]) -> nn.Module:
 
 
 def save_model(folder: str | os.PathLike[str], net: nn.Module, config: dict[str, Any], card: dict[str, Any]) -> None:
-    """Write a model folder; weights in half precision, the card completed by their sha256."""
+    """Write a model folder; weights in half precision, the card completed by their sha256 and a stochastic head's rank."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -150,7 +156,9 @@ def save_model(folder: str | os.PathLike[str], net: nn.Module, config: dict[str,
     (folder / "model.safetensors").write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     (folder / "config.json").write_text(json.dumps(config | {"encoder_weights": None}, indent=2) + "\n")
-    (folder / "card.json").write_text(json.dumps(card | {"sha256": digest}, indent=2) + "\n")
+    ranks = [{"rank": head.rank} for head in stochastic_heads(net).values()]
+    more = {"sha256": digest} | ({"stochastic_head": ranks[0]} if ranks else {})
+    (folder / "card.json").write_text(json.dumps(card | more, indent=2) + "\n")
 
 
 def wrap_model(
