@@ -141,8 +141,9 @@ def export(
     )
     sets = of_model.sets if of_model and asked else None
     job = Job(
-        source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted, sets, embeddings
-    )
+        source, settings, format, max_pixels, dict(insert_dropout or {}), backend, precision, fitted, sets, embeddings,
+        settings.note(models),
+    )  # fmt: skip
     net, sampler, engine = job.engine(models, workers)
     embedder = job.embedder(models, sampler)
     engine |= {"embedding": embedder.how} if embedder else {}

@@ -31,7 +31,7 @@ from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
 from seguncert.labels import IGNORED, find_pairs, rater_shares
-from seguncert.maps import parse_method
+from seguncert.maps import DRAWN, parse_method
 from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
 from seguncert.run import Settings, chosen_views
@@ -112,7 +112,7 @@ def calibrate(
     if calibrator not in ("auto", *KINDS):
         raise CalibrationError(f"calibrator: expected auto or one of {', '.join(KINDS)}. Received: {calibrator!r}")
     check_file(out)
-    drawn_seed = seed if "mc-dropout" in parse_method(method) else Settings.seed
+    drawn_seed = seed if parse_method(method) & DRAWN else Settings.seed
     settings = Settings(method, samples, drawn_seed, chosen_views(views), drop_path=drop_path, scale=scale, tile=tile)
     pairs = find_pairs(images, labels)
     further = [dict(find_pairs(images, folder)) for folder in raters]
@@ -144,7 +144,7 @@ def calibrate(
     kind, candidates, how = choose(pixels) if calibrator == "auto" else (calibrator, [], {})
     protocol = {
         "pictures": len(pixels.drawn), "pixels": len(pixels), "raters": 1 + len(raters), "ignore_index": ignore_index,
-        "samples": samples if "mc-dropout" in method else None, "seed": seed, "asked_for": calibrator, "held_out": how,
+        "samples": samples if parse_method(method) & DRAWN else None, "seed": seed, "asked_for": calibrator, "held_out": how,
         "left_out": {each.sequence: each.sha256 for each in nets[1:]}, "seguncert": version("seguncert"),
     }  # fmt: skip
     measured = {"candidates": [asdict(each) for each in candidates]} if candidates else {}

@@ -49,7 +49,7 @@ def evaluate(
     ] = None,
     model: ModelsOption = None,
     method: Annotated[str, typer.Option(help="as of export")] = "none",
-    samples: Annotated[str, typer.Option(help="of mc-dropout, as of export")] = "20",
+    samples: Annotated[str, typer.Option(help="of mc-dropout and stochastic-head, as of export")] = "20",
     seed: Annotated[int, typer.Option(min=0, help="of the samples, and of the intervals")] = 0,
     views: ViewsOption = None,
     max_error: Annotated[float, typer.Option(help="of samples auto, as of export")] = 0.01,

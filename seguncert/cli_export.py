@@ -47,14 +47,14 @@ def export(
     method: Annotated[
         str,
         typer.Option(
-            help="none is one pass; mc-dropout many with dropout on, sampling-free its limit by formulas, tta mirrored and at"
-            " other scales, ensemble several models; + combines: mc-dropout+tta"
+            help="none is one pass; mc-dropout many with dropout on, sampling-free its limit by formulas, stochastic-head many"
+            " of a head with a distribution over logits, tta mirrored and at other scales, ensemble several models; + combines: mc-dropout+tta"
         ),
     ] = "none",
     samples: Annotated[
         str,
         typer.Option(
-            help="of mc-dropout, for each view and net; auto: until the first map is known to max-error, 1000 at most"
+            help="of mc-dropout and stochastic-head, for each view and net; auto: until the first map is known to max-error, 1000 at most"
         ),
     ] = "20",
     seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,

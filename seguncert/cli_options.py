@@ -54,7 +54,7 @@ IgnoreOption = Annotated[
 ModelsOption = Annotated[
     list[str] | None, typer.Option(help="as of export; several times with the method ensemble [default: street]")
 ]
-SamplesOption = Annotated[int, typer.Option(min=2, help="of mc-dropout")]
+SamplesOption = Annotated[int, typer.Option(min=2, help="of mc-dropout and stochastic-head")]
 ViewsOption = Annotated[str | None, typer.Option(help="of tta, as of export")]
 DropPathOption = Annotated[bool, typer.Option("--drop-path", help="as of export")]
 InsertOption = Annotated[list[str] | None, typer.Option(metavar="PLACE:P", help="as of export")]

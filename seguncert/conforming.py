@@ -22,6 +22,7 @@ from seguncert.conformal import Aim, ImageLosses, Losses, Sizes, check_enough
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
 from seguncert.labels import IGNORED, find_pairs
+from seguncert.maps import DRAWN, parse_method
 from seguncert.model import Model
 from seguncert.run import Settings, chosen_views
 from seguncert.sets import FittedSets, known_by
@@ -125,7 +126,7 @@ def conform(
         raise ValueError(f"{error}{first}") from None
     protocol: dict[str, Any] = {
         "images": len(pairs) - len(failed), "failed": len(failed), "pixels": sizes.pixels, "ignore_index": ignore_index,
-        "samples": samples if "mc-dropout" in method else None, "seed": seed, "seguncert": version("seguncert"),
+        "samples": samples if parse_method(method) & DRAWN else None, "seed": seed, "seguncert": version("seguncert"),
     }  # fmt: skip
     fitted = FittedSets(
         sets, *settings.fitted_for(models), known_by(calibrated), protocol, {"size_mean": sizes.mean(sets)}

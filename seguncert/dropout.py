@@ -1,15 +1,17 @@
-"""Dropout at prediction time: which modules of a net are stochastic, and the masks they draw.
+"""Dropout and stochastic heads at prediction time: which modules of a net are stochastic, and what they draw.
 
 The net stays in eval mode, in which dropout does nothing; while `Masks` are in force, the stochastic modules multiply by
 a mask of ours instead. So no flag moves, no batch statistic is touched, no dropout works in place on what somebody else
-holds, and torch's own random numbers are left alone: a mask is a function of (seed, sample, which call it is).
+holds, and torch's own random numbers are left alone: a mask is a function of (seed, sample, which call it is). The noise
+of a `LowRankHead` is drawn and placed in the same way.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seguncert.model import FORWARDS, Model, ModelError
-from seguncert.noise import keep_or_drop
+from seguncert.noise import keep_or_drop, normals
+from seguncert.stochastic import LowRankNoise
 
 ALPHA = 1.7580993408473766  # minus the limit of SELU at −∞, of alpha dropout (Klambauer et al. 2017)
 CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
@@ -63,6 +66,20 @@ def require_dropout(model: Model, drop_path: bool = False) -> dict[str, nn.Modul
     )
 
 
+def require_stochastic(model: Model, parts: Collection[str], drop_path: bool = False) -> dict[str, nn.Module]:
+    """Names and modules that the parts mc-dropout and stochastic-head of a method draw for; ModelError where one has none."""
+    found = require_dropout(model, drop_path) if "mc-dropout" in parts else {}
+    if "stochastic-head" in parts:
+        heads = {name: module for name, module in model.module.named_modules() if isinstance(module, LowRankNoise)}
+        if not heads:
+            raise ModelError(
+                f"{model.name}: stochastic-head samples the distribution that a head gives over the logits, and this net's head"
+                " gives none. Put one in with put_stochastic_head and train it, or use another method."
+            )
+        found |= heads
+    return found
+
+
 class Masks:
     """Masks of some samples, drawn for a pass: one after another in the order in which the stochastic modules are called.
 
@@ -77,8 +94,14 @@ class Masks:
         self.seed, self.samples, self.origin, self.frame = seed, tuple(samples), origin, frame
         self.call, self.unplaced = 0, False
 
-    def apply(self, module: nn.Module, value_N: Tensor) -> Tensor:
-        """What `module` in training mode makes of `value_N`; of a batch of one for each sample, where there are many."""
+    def apply(self, module: nn.Module, value_N: Tensor, *given: Any) -> Tensor:
+        """What `module` in training mode makes of `value_N`; of a batch of one for each sample, where there are many.
+
+        `given` is what it was called with, which the noise of a head needs more of.
+        """
+        if isinstance(module, LowRankNoise):
+            mean_1CHW, features_1Khw, deviation_1CHW = given
+            return module.moved(mean_1CHW, features_1Khw, deviation_1CHW, *self.draw_noise(module.rank, value_N))
         noise_N, shift_N = self.draw(module, value_N)
         value_N = value_N * noise_N
         return value_N if shift_N is None else value_N + shift_N
@@ -102,20 +125,37 @@ class Masks:
             return noise_N * scale, (noise_N - 1) * (ALPHA * scale) + ALPHA * scale * p
         return noise_N, None
 
-    def _keep(self, sample: int, keep: float, kept: float, shape: tuple[int, ...], value_N: Tensor) -> Tensor:
-        """The mask of one sample: `kept` or 0."""
-        key = int(np.random.SeedSequence([self.seed, sample, self.call]).generate_state(1, np.uint64)[0])
-        if len(shape) != 4 or len(value_N) > 1:
-            self.unplaced |= len(value_N) > 1 or math.prod(shape[2:]) > 1
-            flat = (1, math.prod(shape[:-1]), shape[-1])
-            return torch.from_numpy(keep_or_drop(key, keep, kept, flat)).view(shape)
+    def draw_noise(self, rank: int, value_1CHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the one sample: standard normal numbers (rank,) of the whole picture, and those of the places, (1, C, H, W)."""
+        (sample,) = self.samples
+        assert len(value_1CHW) == 1, "noise is of one picture"
+        shared, placed = self._keys(sample, 2)
+        self.call += 1
+        z_R = torch.from_numpy(normals(shared, (rank, 1, 1)).ravel())
+        _, C, H, W = value_1CHW.shape
+        noise_CHW = torch.from_numpy(normals(placed, (C, H, W), *self._place(value_1CHW, value_1CHW.shape)))
+        return z_R.to(value_1CHW.device, value_1CHW.dtype), noise_CHW[None].to(value_1CHW.device, value_1CHW.dtype)
+
+    def _keys(self, sample: int, n: int = 1) -> list[int]:
+        return np.random.SeedSequence([self.seed, sample, self.call]).generate_state(n, np.uint64).tolist()
+
+    def _place(self, value_1CHW: Tensor, shape: Sequence[int]) -> tuple[tuple[int, int], bool]:
+        """Where the first of these places is in the whole, and whether the channels of one lie side by side."""
         first, exact = list[int](), True
         for start, length, whole in zip(self.origin, shape[2:], self.frame, strict=True):
             exact = exact and (start == 0 or (whole % length == 0 and start * length % whole == 0))
             first.append(start * length // whole if start and length > 1 else 0)
         self.unplaced |= not exact and math.prod(shape[2:]) > 1
-        last = value_N.stride(1) == 1 and shape[1] > 1
-        return torch.from_numpy(keep_or_drop(key, keep, kept, shape[1:], (first[0], first[1]), last))[None]
+        return (first[0], first[1]), value_1CHW.stride(1) == 1 and shape[1] > 1
+
+    def _keep(self, sample: int, keep: float, kept: float, shape: tuple[int, ...], value_N: Tensor) -> Tensor:
+        """The mask of one sample: `kept` or 0."""
+        (key,) = self._keys(sample)
+        if len(shape) != 4 or len(value_N) > 1:
+            self.unplaced |= len(value_N) > 1 or math.prod(shape[2:]) > 1
+            flat = (1, math.prod(shape[:-1]), shape[-1])
+            return torch.from_numpy(keep_or_drop(key, keep, kept, flat)).view(shape)
+        return torch.from_numpy(keep_or_drop(key, keep, kept, shape[1:], *self._place(value_N, shape)))[None]
 
 
 RANDOM = ("bernoulli", "rand", "dropout", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric")

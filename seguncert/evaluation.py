@@ -112,7 +112,7 @@ def evaluate(
         ValueError: a setting is wrong, there is no image with a label, or no pixel counts.
     """
     images, folders, out = Path(images), [Path(each) for each in (labels, *raters)], Path(out)
-    drawn_seed = seed if "mc-dropout" in maps_.parse_method(method) else Settings.seed
+    drawn_seed = seed if maps_.parse_method(method) & maps_.DRAWN else Settings.seed
     settings = Settings(
         method, samples, drawn_seed, chosen_views(views), max_error, carry, drop_path, scale, tile,
         () if maps is None else chosen_maps(maps),

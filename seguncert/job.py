@@ -59,6 +59,7 @@ class Job:
     calibration: Calibration | None = None
     sets: ConformalSets | None = None
     embeddings: bool = False
+    note: str = ""  # of every image
 
     @property
     def calibrator(self) -> Calibrator | None:
@@ -213,7 +214,7 @@ def process(
         return line | {"error": f"failed inside: {error}"}, {}
     except Exception as error:  # whatever a net or a decoder raises: this image failed, the others go on
         return line | {"error": f"failed inside: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
-    found["note"] = "; ".join(filter(None, [photo.note, found.get("note")]))
+    found["note"] = "; ".join(filter(None, [photo.note, found.get("note"), job.note]))
     return line | {"status": "ok", "height": H, "width": W} | found | {
         "seconds": round(time.perf_counter() - started, 4)
     }, files

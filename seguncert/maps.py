@@ -73,7 +73,8 @@ MAPS: dict[str, MapInfo] = {
 OF_SOFTMAX = ("confidence", "entropy", "margin")
 OF_SAMPLES = ("mutual_information", "variance", "expected_entropy")
 OF_SETS = "set_size"
-METHODS = ("none", "mc-dropout", "sampling-free", "tta", "ensemble")
+METHODS = ("none", "mc-dropout", "sampling-free", "stochastic-head", "tta", "ensemble")
+DRAWN = frozenset({"mc-dropout", "stochastic-head"})  # parts that have a number of samples, and a seed
 
 
 def parse_method(method: str) -> frozenset[str]:
@@ -89,6 +90,10 @@ def parse_method(method: str) -> frozenset[str]:
         )
     if {"mc-dropout", "sampling-free"} <= set(parts):
         raise ValueError(f"method: expected mc-dropout or sampling-free, which stands for it. Received: {method!r}")
+    if {"stochastic-head", "sampling-free"} <= set(parts):
+        raise ValueError(
+            f"method: expected stochastic-head without sampling-free, whose formulas know dropout alone. Received: {method!r}"
+        )
     return frozenset(parts) - {"none"}
 
 

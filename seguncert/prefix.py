@@ -100,7 +100,7 @@ class Session:
         value = forward(*args, **kwargs)
         if name in self.plan.stochastic and self.masks is not None:
             self.drawn.append(call)
-            return self.masks.apply(module, value)
+            return self.masks.apply(module, value, *args)
         if call in self.plan.settled and not self.full:
             self.kept[call] = _copy(value) if call in self.plan.copied else value
         return value
@@ -227,7 +227,7 @@ class _Tracer(TorchDispatchMode):
             self.stack.pop()
         if name in self.stochastic:
             with torch.utils._python_dispatch._disable_current_modes():
-                value = self.masks.apply(module, value)
+                value = self.masks.apply(module, value, *args)
             self.alive.append(value)
             self.touched.add(_storage(value))
             self.draws.append(call)
@@ -258,7 +258,7 @@ def _make_plan(model: Model, stochastic: set[str]) -> Plan:
             logits = net_logits(model, probe)
     if _storage(logits) not in tracer.touched:
         raise ModelError(
-            f"{model.name}: its dropout ({', '.join(sorted(stochastic)[:3])}) is not on the way to its logits"
+            f"{model.name}: its stochastic modules ({', '.join(sorted(stochastic)[:3])}) are not on the way to its logits"
         )
     if tracer.foreign:
         raise ModelError(

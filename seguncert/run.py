@@ -22,6 +22,7 @@ from seguncert.model import Model
 from seguncert.moments import Moments
 from seguncert.predict import on_all_cores, predict_logits, scale_factor
 from seguncert.sets import FittedSets, find_sets
+from seguncert.stochastic import stochastic_heads
 from seguncert.tiles import LEAST, Sampler, fits
 from seguncert.video import Carry
 
@@ -29,6 +30,7 @@ OF_ONE_PASS = ("confidence", "entropy", "margin")
 OF_MANY = ("confidence", "entropy", "mutual_information", "variance")
 NOT_CALIBRATED, SPREAD = "not calibrated", "of the samples, before calibration"
 AUTO_BATCH, AUTO_LEAST, AUTO_MOST = 10, 4, 100  # samples at once, and how many times at least and at most
+OR_DRAWN = " or ".join(sorted(maps_.DRAWN))
 AUTO_SHARE = 0.99  # of the pixels that must be known well enough
 Progress = Callable[[int, int], "bool | None"]
 
@@ -47,8 +49,8 @@ class Result:
         moments: of the samples, where there are any; `moments.n` is their number.
         errors: name -> (H, W) float32, Monte-Carlo standard error of a map, in the map's own unit of full scale: what
             another number of samples, or another seed, would change. For `samples="auto"` of every map, else of the confidence.
-        note: what had to be done to read the photo, and whether it is unlike all that the calibration has seen; "" if
-            neither.
+        note: what had to be done to read the photo, whether it is unlike all that the calibration has seen, and whether
+            a stochastic head was not sampled; "" if nothing of it.
         conformal: thresholds and promise of the sets, where there are any; see `seguncert.conformal`.
     """
 
@@ -118,20 +120,20 @@ class Settings:
         if not isinstance(self.method, str):
             raise ValueError(f"method: expected its name. Received: {self.method!r}")
         parts = maps_.parse_method(self.method)
-        drawn = "mc-dropout" in parts
+        drawn = bool(parts & maps_.DRAWN)
         if isinstance(self.samples, str) and self.samples != "auto":
             raise ValueError(f"samples: expected a number, or auto. Received: {self.samples!r}")
         if self.samples == "auto" and not drawn:
-            raise ValueError(f"samples auto: expected a method with mc-dropout. Received: {self.method!r}")
+            raise ValueError(f"samples auto: expected a method with {OR_DRAWN}. Received: {self.method!r}")
         if drawn and not isinstance(self.samples, str) and self.samples < 2:
             raise ValueError(f"samples: expected at least 2, since a spread is asked for. Received: {self.samples}")
-        if self.drop_path and not drawn:
+        if self.drop_path and "mc-dropout" not in parts:
             raise ValueError(f"drop-path: expected with it a method with mc-dropout. Received: {self.method!r}")
         if self.views is not None and "tta" not in parts:
             raise ValueError(f"views: expected with them the method tta. Received: {self.method!r}")
         for name in ("samples", "seed"):
             if not drawn and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name}: expected with it a method with mc-dropout. Received: {self.method!r}")
+                raise ValueError(f"{name}: expected with it a method with {OR_DRAWN}. Received: {self.method!r}")
         if self.samples != "auto" and self.max_error != type(self).max_error:
             raise ValueError(f"max-error: expected with it samples auto. Received: {self.samples}")
         if self.seed < 0:
@@ -168,6 +170,13 @@ class Settings:
         }  # fmt: skip
         return identity(models), {key: value for key, value in sampling.items() if value is not None}
 
+    def note(self, models: Sequence[Model]) -> str:
+        """What is to be said of each result: that a distribution over logits was not made use of."""
+        unused = "stochastic-head" not in self.method and any(stochastic_heads(model.module) for model in models)
+        return (
+            "of the head's mean logits alone: the method stochastic-head samples their distribution" if unused else ""
+        )
+
     def sampler(self, models: Sequence[Model], **engine: Any) -> Sampler:
         """As `seguncert.views.make_sampler`, which brings numba: half a second that one pass need not wait for."""
         from seguncert.views import make_sampler
@@ -203,8 +212,8 @@ def analyse(
     Args:
         model: one, or for the method ensemble several of the same classes.
         method: none is one deterministic pass; mc-dropout averages `samples` passes with dropout on, drawn from `seed`;
-            sampling-free is its limit of many samples by formulas; tta averages views, ensemble models. Joined with +
-            they are combined, as mc-dropout+tta.
+            sampling-free is its limit of many samples by formulas; stochastic-head averages samples of a net with a
+            `LowRankHead`; tta averages views, ensemble models. Joined with + they are combined, as mc-dropout+tta.
         samples: "auto" draws until the standard error of the first map is at most `max_error` of full scale for 99 % of
             the pixels, and 1,000 at most.
         views: of tta; see `seguncert.views.make_sampler`.
@@ -223,7 +232,7 @@ def analyse(
 
     Raises:
         ImageError: the file cannot be opened, or is not a picture that can be read whole.
-        ModelError: the net gave values that are not finite, or has no dropout to sample.
+        ModelError: the net gave values that are not finite, or has no dropout or stochastic head to sample.
         ValueError: unknown method, map or scale, fewer than two samples, a calibration for another model or method, sets
             for another calibration too, or none where the map set_size is asked for.
     """
@@ -265,7 +274,7 @@ def analyse(
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
         fitted.about if fitted else "none", moments if method != "none" else None, errors,
-        "; ".join(filter(None, [photo.note, strange, stopped.note if stopped else ""])), calibrator, sets,
+        "; ".join(filter(None, [photo.note, strange, stopped.note if stopped else "", settings.note(models)])), calibrator, sets,
     )  # fmt: skip
 
 

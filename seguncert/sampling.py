@@ -1,4 +1,4 @@
-"""Samples of a net with dropout for one photo, as `Moments` at the photo's own size; and their limit without sampling.
+"""Samples of a net with dropout or a stochastic head for one photo, as `Moments` at the photo's own size; and a limit of them.
 
 What is held does not grow with the number of samples: the features at the dropout, a few rows of logits, the moments.
 """
@@ -6,7 +6,7 @@ What is held does not grow with the number of samples: the features at the dropo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seguncert.backends import check_backend, choose
-from seguncert.dropout import Masks, functional_dropout, require_dropout
+from seguncert.dropout import Masks, functional_dropout, require_stochastic
 from seguncert.fused import accumulate, spread
 from seguncert.model import Model, ModelError, evaluating, net_logits, raw_logits
 from seguncert.moments import Moments
@@ -34,22 +34,24 @@ LINES = 16  # of logits, that a thread does in one go
 class DropoutSampler(Sampler):
     """MC dropout (Gal, Ghahramani 2016): samples of a net whose dropout stays on.
 
-    The net is looked at once, here; `how` says what it allows. The same seed gives the same masks; the sums do not
-    depend on how many threads make them.
+    And samples of a head with a distribution over logits (see `seguncert.stochastic`), or of both, as `parts` of a method
+    say: mc-dropout, stochastic-head. The net is looked at once, here; `how` says what it allows. The same seed gives the
+    same masks and noise; the sums do not depend on how many threads make them.
 
     Raises:
-        ModelError: no dropout with p > 0 is on the way to the logits.
+        ModelError: no dropout with p > 0, or no such head, is on the way to the logits.
     """
 
     def __init__(
-        self, model: Model, drop_path: bool = False, backend: str = "torch", precision: str = "fp32", streams: int = 1
-    ):
+        self, model: Model, drop_path: bool = False, backend: str = "torch", precision: str = "fp32", streams: int = 1,
+        parts: Collection[str] = ("mc-dropout",),
+    ):  # fmt: skip
         check_backend(backend, precision)
         self.model, self.classes = model, model.classes
-        found = require_dropout(model, drop_path)
+        found = require_stochastic(model, parts, drop_path)
         plan = make_plan(model, set(found))
         self.stochastic = tuple(dict.fromkeys(name for name, _ in plan.draws))
-        self.functional = functional_dropout(model)
+        self.functional = functional_dropout(model) if "mc-dropout" in parts else []
         self.plan: Plan = replace(plan, operators=())
         self.backend = "torch fp32"
         with self.ready(), torch.no_grad():

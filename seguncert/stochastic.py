@@ -84,23 +84,41 @@ class LowRankNoise(nn.Module):
         self.rank, self.upsampling = rank, upsampling
         self.factor = nn.Conv2d(in_channels, rank * classes, 1)
 
-    def forward(self, mean_BCHW: Tensor, features_BKhw: Tensor, diagonal_BCHW: Tensor) -> Tensor:
+    def forward(self, mean_BCHW: Tensor, features_BKhw: Tensor, deviation_BCHW: Tensor) -> Tensor:
         """The mean."""
         return mean_BCHW
 
-    def distribution(self, mean_BCHW: Tensor, features_BKhw: Tensor, diagonal_BCHW: Tensor) -> LogitDistribution:
+    def distribution(self, mean_BCHW: Tensor, features_BKhw: Tensor, deviation_BCHW: Tensor) -> LogitDistribution:
         """All of it."""
         factor_BQHW = _resized(self.factor(features_BKhw), self.upsampling).float()
-        return LogitDistribution(mean_BCHW.float(), factor_BQHW.unflatten(1, (self.rank, -1)), diagonal_BCHW)
+        return LogitDistribution(mean_BCHW.float(), factor_BQHW.unflatten(1, (self.rank, -1)), deviation_BCHW.square())
 
     def moved(
-        self, mean_BCHW: Tensor, features_BKhw: Tensor, diagonal_BCHW: Tensor, z_R: Tensor, noise_BCHW: Tensor
+        self, mean_BCHW: Tensor, features_BKhw: Tensor, deviation_BCHW: Tensor, z_R: Tensor, noise_BCHW: Tensor
     ) -> Tensor:
         """μ + Σ_r z_r P_r + √d ε. P, which is R times as large as the logits, is not made: Σ_r z_r P_r is one convolution."""
         weight_CK11 = torch.einsum("r,rckij->ckij", z_R, self.factor.weight.unflatten(0, (self.rank, -1)))
         assert self.factor.bias is not None
         shared_BChw = F.conv2d(features_BKhw, weight_CK11, z_R @ self.factor.bias.view(self.rank, -1))
-        return (mean_BCHW + _resized(shared_BChw, self.upsampling)).addcmul_(diagonal_BCHW.sqrt(), noise_BCHW)
+        return (mean_BCHW + _resized(shared_BChw, self.upsampling)).addcmul_(deviation_BCHW, noise_BCHW)
+
+
+class _Deviation(nn.Module):
+    """√d of ln d; d is `FLOOR` more than that."""
+
+    def forward(self, log_BCHW: Tensor) -> Tensor:
+        return (FLOOR + log_BCHW.float().clamp(max=LARGEST).exp()).sqrt()
+
+
+class _Resize(nn.Module):
+    """`_resized` as a module, whose result many samples share."""
+
+    def __init__(self, factor: int | float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, value_BChw: Tensor) -> Tensor:
+        return _resized(value_BChw, self.factor)
 
 
 def _resized(value_BChw: Tensor, factor: int | float) -> Tensor:
@@ -134,10 +152,11 @@ class LowRankHead(nn.Module):
             raise ValueError(
                 f"kernel_size: expected an odd number, so that logits stay in place. Received: {kernel_size}"
             )
-        self.mean = nn.Conv2d(in_channels, classes, kernel_size, padding=kernel_size // 2)
-        self.log_diagonal = nn.Conv2d(in_channels, classes, 1)
-        nn.init.zeros_(self.log_diagonal.weight)
-        nn.init.constant_(self.log_diagonal.bias, FIRST)  # type: ignore[arg-type]
+        conv, log = nn.Conv2d(in_channels, classes, kernel_size, padding="same"), nn.Conv2d(in_channels, classes, 1)
+        nn.init.zeros_(log.weight)
+        nn.init.constant_(log.bias, FIRST)  # type: ignore[arg-type]
+        self.mean = nn.Sequential(conv, _Resize(upsampling))
+        self.deviation = nn.Sequential(log, _Resize(upsampling), _Deviation())
         self.noise = LowRankNoise(in_channels, classes, rank, upsampling)
 
     @property
@@ -154,9 +173,7 @@ class LowRankHead(nn.Module):
         return self.noise.distribution(*self._parts(features_BKhw))
 
     def _parts(self, features_BKhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_BCHW = _resized(self.log_diagonal(features_BKhw), self.noise.upsampling).float()
-        mean_BCHW = _resized(self.mean(features_BKhw), self.noise.upsampling)
-        return mean_BCHW, features_BKhw, FLOOR + log_BCHW.clamp(max=LARGEST).exp()
+        return self.mean(features_BKhw), features_BKhw, self.deviation(features_BKhw)
 
 
 def stochastic_nll(
@@ -285,7 +302,7 @@ def put_stochastic_head(net: nn.Module, rank: int = 10, place: str = "segmentati
     head = LowRankHead(
         conv.in_channels, conv.out_channels, rank, upsampling=float(getattr(upsampling, "scale_factor", 1))
     )
-    head.mean = conv
+    head.mean[0] = conv
     head.to(conv.weight.device, conv.weight.dtype).train(old.training)
     parent, _, name = place.rpartition(".")
     setattr(net.get_submodule(parent), name, head)

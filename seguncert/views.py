@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from seguncert.maps import parse_method
+from seguncert.maps import DRAWN, parse_method
 from seguncert.model import Model, ModelError, evaluating, net_logits, raw_logits
 from seguncert.moments import Moments
 from seguncert.predict import net_input, on_backend, planes, scale_factor
@@ -134,7 +134,7 @@ def make_sampler(
         streams: how many threads will use it at once.
 
     Raises:
-        ModelError: a net has no dropout to sample, or the nets of an ensemble have other classes.
+        ModelError: a net has no dropout or no distribution over logits to sample, or the nets of an ensemble have other classes.
         ValueError: the method or a view is wrong.
     """
     parts = parse_method(method)
@@ -155,8 +155,8 @@ def make_sampler(
     found = []
     for model in models:
         sampler: Sampler
-        if "mc-dropout" in parts:
-            sampler = DropoutSampler(model, drop_path, backend=backend, precision=precision, streams=streams)
+        if parts & DRAWN:
+            sampler = DropoutSampler(model, drop_path, backend, precision, streams, parts & DRAWN)
         elif "sampling-free" in parts:
             sampler = SamplingFree(model, backend=backend, precision=precision, streams=streams)
         else:

@@ -592,7 +592,7 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"samples": "auto"}, "samples auto: expected a method with mc-dropout. Received: 'none'"),
+        ({"samples": "auto"}, "samples auto: expected a method with mc-dropout or stochastic-head. Received: 'none'"),
         ({"method": "tta", "views": ["spin"]}, "views: expected flip, flip-vertical, or factors"),
         ({"views": ["flip"]}, "views: expected with them the method tta. Received: 'none'"),
         ({"method": "mc-dropout", "samples": "auto", "max_error": 2.0}, "max-error: expected a share of full scale between 0 and 1. Received: 2.0"),
@@ -600,8 +600,8 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
         ({"carry": 1.0}, "carry: expected a share between 0 and 1. Received: 1.0"),
         ({"tile": 100}, "tile: expected auto, or pixels a side, 512 or more. Received: 100"),
         ({"maps": []}, "maps: expected one or more of"),
-        ({"seed": 7}, "seed: expected with it a method with mc-dropout. Received: 'none'"),
-        ({"method": "tta", "samples": 7}, "samples: expected with it a method with mc-dropout. Received: 'tta'"),
+        ({"seed": 7}, "seed: expected with it a method with mc-dropout or stochastic-head. Received: 'none'"),
+        ({"method": "tta", "samples": 7}, "samples: expected with it a method with mc-dropout or stochastic-head. Received: 'tta'"),
         ({"method": "mc-dropout", "max_error": 0.1}, "max-error: expected with it samples auto. Received: 20"),
         ({"method": "tta", "views": "flip"}, "views: expected a list of names. Received: 'flip'"),
         ({"method": "ensemble"}, "method: expected ensemble with several models"),

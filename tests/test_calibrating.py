@@ -245,7 +245,7 @@ def test_one_image_is_enough_for_a_kind_by_name_but_not_for_auto(folder, net):
         ({"out": "nowhere/c.json"}, "OUT: expected a file ending in .json in a folder that is there"),
         ({"out": "images"}, "OUT: expected a file ending in .json"),
         ({"method": "magic"}, "method: expected none"),
-        ({"samples": 3}, "samples: expected with it a method with mc-dropout. Received: 'none'"),
+        ({"samples": 3}, "samples: expected with it a method with mc-dropout or stochastic-head. Received: 'none'"),
         ({"scale": "huge"}, "9 that failed, the first is .*scale: expected auto, native or a factor"),
     ],
 )

@@ -171,7 +171,7 @@ def test_void_pixels_and_images_of_nothing_else_do_not_count(source, net, tmp_pa
         ({"kind": "raps"}, "kind: expected one of lac, lac-empty, aps"),
         ({"covered": 1.5}, "covered: expected a share of an image's pixels in .0, 1.. Received: 1.5"),
         ({"ignore_index": None}, "alpha 0.1: expected at least 9 images .* Received: 0. .* 48 failed, the first is a/00.png: .*label 255.*Set --ignore-index"),
-        ({"seed": 3}, "seed: expected with it a method with mc-dropout. Received: 'none'"),
+        ({"seed": 3}, "seed: expected with it a method with mc-dropout or stochastic-head. Received: 'none'"),
         ({"calibration": "nowhere.json"}, "nowhere.json: expected a calibration file"),
         ({"out": "c.txt"}, "OUT: expected a file ending in .json in a folder that is there. Received: .*c.txt"),
     ],

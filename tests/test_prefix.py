@@ -180,7 +180,7 @@ def test_a_result_that_is_written_into_is_copied():
     "net, message",
     [
         (Random, "the net draws random numbers even in eval mode"),
-        (Beside, r"its dropout \(drop\) is not on the way to its logits"),
+        (Beside, r"its stochastic modules \(drop\) are not on the way to its logits"),
     ],
 )
 def test_nets_whose_samples_would_mislead_are_refused(net, message):

@@ -334,7 +334,7 @@ def test_a_net_without_dropout_is_an_error_that_names_the_choices(photo):
     [
         (
             {"method": "dropout"},
-            "method: expected none, or one or more of mc-dropout, sampling-free, tta, ensemble with + between. Received: 'dropout'",
+            "method: expected none, or one or more of mc-dropout, sampling-free, stochastic-head, tta, ensemble with + between. Received: 'dropout'",
         ),
         ({"method": "mc-dropout", "samples": 1}, "samples: expected at least 2"),
         ({"method": "mc-dropout", "seed": -1}, "seed: expected 0 or more. Received: -1"),

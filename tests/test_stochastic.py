@@ -1,15 +1,25 @@
 """A head with a distribution over logits: against torch's, against plain loops, and for what it is there for."""
 
+import csv
+import json
 import math
 
+import cv2
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from conftest import CARD, CONFIG
 from torch import nn
 from torch.distributions import LowRankMultivariateNormal
 from torch.nn import functional as F
 
-from seguncert.model import ModelError, put_dropout
+import seguncert
+from seguncert import tiles
+from seguncert.dropout import Masks
+from seguncert.model import ModelError, build_net, put_dropout, save_model, wrap_model
+from seguncert.moments import Moments
+from seguncert.predict import net_input
 from seguncert.stochastic import (
     FLOOR,
     LogitDistribution,
@@ -18,6 +28,7 @@ from seguncert.stochastic import (
     put_stochastic_head,
     stochastic_nll,
 )
+from seguncert.views import make_sampler
 
 
 def seeded(seed=0):
@@ -191,10 +202,9 @@ def test_the_head_in_any_mode_gives_the_mean_and_draws_nothing(upsampling):
     assert torch.equal(head.train()(features), found.mean_BCHW) and torch.equal(head.eval()(features), found.mean_BCHW)
     assert torch.equal(torch.get_rng_state(), before)
     assert found.factor_BRCHW.shape == (2, 4, 3, 6 * upsampling, 7 * upsampling)
-    assert found.diagonal_BCHW.min() >= FLOOR
-    nn.init.constant_(head.log_diagonal.bias, -1e4)
+    nn.init.constant_(head.deviation[0].bias, -1e4)
     assert head.distribution(features).diagonal_BCHW.max().item() == pytest.approx(FLOOR)
-    nn.init.constant_(head.log_diagonal.bias, 1e4)
+    nn.init.constant_(head.deviation[0].bias, 1e4)
     assert torch.isfinite(head.distribution(features).diagonal_BCHW).all()
 
 
@@ -271,3 +281,251 @@ def test_wrong_calls_say_what_to_do():
         stochastic_nll(found, target, generator=seeded())
     with pytest.raises(ValueError, match="samples: expected 1 or more. Received: 0"):
         found.sample(0, seeded())
+
+
+@pytest.fixture(scope="module")
+def photo():
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (109, 70), interpolation=cv2.INTER_CUBIC)
+
+
+def wrap(net, C=3, **more):
+    return wrap_model(net, [str(c) for c in range(C)], **{"name": "net", **more})
+
+
+def assert_same(one, other, tolerance):
+    assert one.n == other.n
+    for name in ("mean_CHW", "entropy_HW"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=tolerance, rtol=0)
+    torch.testing.assert_close(one.variance_CHW(), other.variance_CHW(), atol=tolerance, rtol=0)
+
+
+def plain_samples(model, rgb, n, seed):
+    """One whole pass, its distribution, and samples of it by the formula, with the noise of the place."""
+    H, W = rgb.shape[:2]
+    padded = net_input(model, rgb)
+    with torch.inference_mode():
+        found, moments = logit_distribution(model.module, padded), Moments.empty(len(model.classes), H, W)
+        for sample in range(n):
+            z_R, noise_1CHW = Masks(seed, [sample]).draw_noise(found.factor_BRCHW.shape[1], found.mean_BCHW)
+            shared = torch.einsum("r,brchw->bchw", z_R, found.factor_BRCHW)
+            logits = found.mean_BCHW + shared + found.diagonal_BCHW.sqrt() * noise_1CHW
+            moments.update(logits[:, :, :H, :W])
+    return moments
+
+
+@pytest.mark.parametrize("kind", [smp.Unet, smp.FPN])
+def test_a_sampler_gives_the_moments_of_the_formula(kind, photo):
+    torch.manual_seed(0)
+    net = kind("resnet18", encoder_weights=None, classes=3).eval()
+    put_stochastic_head(net, 4)
+    model = wrap(net)
+    sampler, flags, rng = (
+        make_sampler([model], "stochastic-head"),
+        [part.training for part in net.modules()],
+        torch.get_rng_state(),
+    )
+    forwards = [vars(part).get("forward") for part in net.modules()]
+    received = sampler.moments(photo, 20, seed=4)
+    assert sampler.how["stochastic"] == ["segmentation_head.noise"] and sampler.how["passes"].startswith("one pass for")
+    assert received.variance_CHW().max() > 1e-3
+    assert_same(received, plain_samples(model, photo, 20, 4), 1e-5)
+    assert torch.equal(received.mean_CHW, sampler.moments(photo, 20, seed=4).mean_CHW)
+    assert (received.mean_CHW - sampler.moments(photo, 20, seed=5).mean_CHW).abs().max() > 1e-3
+    assert torch.equal(torch.get_rng_state(), rng) and [part.training for part in net.modules()] == flags
+    assert [vars(part).get("forward") for part in net.modules()] == forwards
+
+
+def test_everything_before_the_head_runs_once(photo):
+    net, calls = unet(), []
+    sampler = make_sampler([wrap(net)], "stochastic-head")
+    net.encoder.conv1.register_forward_hook(lambda *_: calls.append(1))
+    sampler.moments(photo, 20)
+    assert len(calls) == 1
+
+
+def test_an_exception_leaves_the_net_as_it_was(photo):
+    net = unet().train()
+    sampler = make_sampler([wrap(net)], "stochastic-head")
+    rng = torch.get_rng_state()
+    with torch.no_grad():
+        net.segmentation_head.noise.factor.bias.fill_(torch.nan)
+    with pytest.raises(ModelError, match="the net gave values that are not finite for this picture"):
+        sampler.moments(photo, 3)
+    assert all(part.training for part in net.modules()) and torch.equal(torch.get_rng_state(), rng)
+    assert not any("forward" in vars(part) for part in net.modules())
+
+
+class Pixels(nn.Module):
+    """Sees one pixel at a time, so that nothing but the noise could differ from block to block."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 1), LowRankHead(8, 3, rank=4, kernel_size=1)
+        nn.init.constant_(self.head.deviation[0].bias, 0.0)
+
+    def forward(self, x):
+        return self.head(self.first(x).relu())
+
+
+@pytest.mark.parametrize("scale", ["native", 0.7])
+def test_blocks_share_the_noise_of_the_whole(scale, monkeypatch):
+    monkeypatch.setattr(tiles, "MARGIN", 32)
+    torch.manual_seed(0)
+    sampler = make_sampler([wrap(Pixels(), divisor=4)], "stochastic-head")
+    rgb = np.random.default_rng(0).integers(0, 256, (200, 230, 3), dtype=np.uint8)
+    whole = sampler.moments(rgb, 3, scale=scale)
+    assert len(list(sampler.blocks(rgb, 3, 0, scale, tile=84))) > 1 and "blocks" not in sampler.how
+    assert whole.variance_CHW().max() > 1e-2
+    assert_same(sampler.moments(rgb, 3, scale=scale, tile=84), whole, 2e-4)
+
+
+def test_noise_has_no_pattern():
+    """Of one sample: as many above 0 as below, neighbours and classes independent, other samples too."""
+    noise, mean = [Masks(0, [sample]).draw_noise(5, torch.empty(1, 3, 200, 200))[1][0] for sample in (0, 1)], []
+    one, other = noise
+    for shifted in (one.roll(1, 1), one.roll(1, 2), one.roll(1, 0), other):
+        mean.append((one * shifted).mean().item() * math.sqrt(one.numel()))
+    assert max(map(abs, mean)) < 4, mean
+    z = torch.stack([Masks(0, [sample]).draw_noise(5, torch.empty(1, 3, 1, 1))[0] for sample in range(4000)])
+    assert z.mean(0).abs().max() < 4 / math.sqrt(4000)
+    assert (z.T.cov() - torch.eye(5)).abs().max() < 5 * math.sqrt(2 / 4000)
+
+
+def test_it_goes_with_views_ensembles_and_dropout(photo):
+    torch.manual_seed(0)
+    one, other = wrap(unet()), wrap(unet(), name="other")
+    with torch.no_grad():
+        other.module.segmentation_head.mean[0].bias.add_(0.1)
+    other = wrap(other.module, name="other")
+    both = make_sampler([one, other], "stochastic-head+ensemble").moments(photo, 4)
+    assert both.n == 8
+    flipped = seguncert.analyse(one, photo, method="stochastic-head+tta", views=["flip"], samples=3, maps=["variance"])
+    assert flipped.moments.n == 6 and flipped.maps["variance"].max() > 0
+    dropped = unet()
+    put_dropout(dropped, "segmentation_head", 0.3)
+    sampler = make_sampler([wrap(dropped)], "mc-dropout+stochastic-head")
+    assert sampler.how["stochastic"] == ["dropout_before_segmentation_head", "segmentation_head.noise"]
+    apart = [make_sampler([wrap(dropped)], each).moments(photo, 10) for each in ("mc-dropout", "stochastic-head")]
+    together = sampler.moments(photo, 10).variance_CHW().sum()
+    assert together > max(each.variance_CHW().sum() for each in apart)
+    with pytest.raises(
+        ValueError, match="expected stochastic-head without sampling-free, whose formulas know dropout alone"
+    ):
+        make_sampler([one], "stochastic-head+sampling-free")
+    with pytest.raises(
+        ModelError, match="plain: stochastic-head samples the distribution that a head gives .* use another method"
+    ):
+        make_sampler([one, wrap(unet(rank=0), name="plain")], "stochastic-head+ensemble")
+
+
+def test_results_say_where_the_distribution_was_not_made_use_of(photo):
+    model, note = wrap(unet()), "of the head's mean logits alone: the method stochastic-head samples their distribution"
+    plain = seguncert.analyse(model, photo)
+    assert plain.note == note
+    assert torch.equal(plain.logits, seguncert.analyse(wrap(unet(rank=0)), photo).logits)
+    sampled = seguncert.analyse(model, photo, method="stochastic-head", samples=5, seed=2)
+    assert sampled.note == "" and set(sampled.maps) == {"confidence", "entropy", "mutual_information", "variance"}
+    auto = seguncert.analyse(model, photo, method="stochastic-head", samples="auto", max_error=0.2)
+    assert auto.moments.n >= 40
+    assert seguncert.analyse(wrap(unet(rank=0)), photo).note == ""
+    with pytest.raises(ValueError, match="samples: expected at least 2, since a spread is asked for. Received: 1"):
+        seguncert.analyse(model, photo, method="stochastic-head", samples=1)
+    with pytest.raises(
+        ValueError, match="drop-path: expected with it a method with mc-dropout. Received: 'stochastic-head'"
+    ):
+        seguncert.analyse(model, photo, method="stochastic-head", drop_path=True)
+
+
+def saved(folder, rank=4):
+    torch.manual_seed(0)
+    net = build_net(CONFIG)
+    head = put_stochastic_head(net, rank)
+    nn.init.normal_(head.deviation[0].weight)
+    save_model(folder, net, CONFIG, CARD | {"dropout": [{"before": "segmentation_head", "p": 0.3}]})
+    return net.eval()
+
+
+def test_a_model_folder_keeps_it(tmp_path, photo):
+    net = saved(tmp_path / "model")
+    card = json.loads((tmp_path / "model/card.json").read_text())
+    assert card["stochastic_head"] == {"rank": 4}
+    model = seguncert.load_model(tmp_path / "model")
+    halved = {key: value.half().float() for key, value in net.state_dict().items() if value.is_floating_point()}
+    loaded = model.module.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in halved.items())
+    received = seguncert.analyse(model, photo, method="mc-dropout+stochastic-head", samples=3)
+    assert received.moments.n == 3 and received.maps["variance"].max() > 0
+    card["stochastic_head"] = {"rank": 5}
+    (tmp_path / "model/card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="config.json and model.safetensors do not make a net: .*size mismatch"):
+        seguncert.load_model(tmp_path / "model")
+    for wrong in ({"rank": 0}, {"rank": 2.5}, 4, {"rank": 4, "kernel": 3}):
+        card["stochastic_head"] = wrong
+        (tmp_path / "model/card.json").write_text(json.dumps(card))
+        with pytest.raises(
+            ModelError, match='stochastic_head: expected null, or {"rank": a whole number from 1 to 256}. Received'
+        ):
+            seguncert.load_model(tmp_path / "model")
+
+
+def test_export_calibrate_and_evaluate_take_it(tmp_path, photo):
+    saved(tmp_path / "model")
+    (tmp_path / "in").mkdir(), (tmp_path / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        cv2.imwrite(str(tmp_path / f"in/{k}.png"), np.roll(photo, 9 * k, 1))
+        cv2.imwrite(str(tmp_path / f"labels/{k}.png"), rng.integers(0, 3, photo.shape[:2]).astype(np.uint8))
+    drawn = {"model": tmp_path / "model", "method": "stochastic-head", "samples": 3, "seed": 1, "workers": 1}
+    seguncert.export(tmp_path / "in", tmp_path / "out", **drawn)
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (run["method"], run["samples"], run["seed"]) == ("stochastic-head", 3, 1)
+    with (tmp_path / "out/images.csv").open() as file:
+        assert [row["note"] for row in csv.DictReader(file)] == [""] * 4
+    seguncert.export(tmp_path / "in", tmp_path / "plain", model=tmp_path / "model", workers=1)
+    with (tmp_path / "plain/images.csv").open() as file:
+        assert {row["note"] for row in csv.DictReader(file)} == {
+            "of the head's mean logits alone: the method stochastic-head samples their distribution"
+        }
+    labelled = {"ignore_index": 255}
+    seguncert.calibrate(
+        tmp_path / "in", tmp_path / "labels", tmp_path / "cal.json", calibrator="temperature", **drawn, **labelled
+    )
+    found = seguncert.evaluate(
+        tmp_path / "in",
+        tmp_path / "labels",
+        tmp_path / "judged",
+        calibration=tmp_path / "cal.json",
+        replicates=2,
+        **drawn,
+        **labelled,
+    )
+    assert found.metrics["protocol"]["samples"] == 3
+
+
+def test_samples_of_a_trained_head_show_the_object_whole_or_not_at_all():
+    """The truth is a square that is there with probability 1/2. A softmax says 1/2 at each pixel, which fits no mask."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), LowRankHead(8, 2, rank=2))
+    image, square = torch.zeros(1, 3, 16, 16), (slice(4, 12), slice(4, 12))
+    image[(..., *square)] = 1
+    there, batch = seeded(1), 8
+    optimiser = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(100):
+        target = torch.zeros(batch, 16, 16).long()
+        target[(..., *square)] = torch.randint(0, 2, (batch, 1, 1), generator=there)
+        loss = stochastic_nll(logit_distribution(net, image.expand(batch, -1, -1, -1)), target, 20, generator=there)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 4 * math.log(2) / 256, "there is one coin a picture to be known; a softmax pays for 64"
+    with torch.no_grad():
+        found = logit_distribution(net.eval(), image)
+    inside_SQ = found.sample(400, seeded(2)).argmax(2)[(slice(None), 0, *square)].flatten(1).float()
+    shares_S = inside_SQ.mean(1)
+    assert inside_SQ.mean().item() == pytest.approx(0.5, abs=0.15)
+    assert ((shares_S < 0.05) | (shares_S > 0.95)).float().mean() > 0.8, "a sample is one mask"
+    moments = make_sampler([wrap(net, 2, divisor=1)], "stochastic-head").moments(
+        (image[0] * 255).byte().permute(1, 2, 0).numpy(), 50
+    )
+    assert moments.mean_CHW.shape == (2, 16, 16)
