@@ -521,10 +521,13 @@ def test_other_ways_to_draw_predictions(method, more, pictures, small_model, tmp
 
 def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
     settings = {"method": "mc-dropout", "samples": "auto", "insert_dropout": {"segmentation_head": 0.3}}
-    maps, pictures = ["confidence", "mutual_information"], pictures / "drive 0"
+    maps, source = ["confidence", "mutual_information"], tmp_path / "in"
+    source.mkdir()
+    for file in sorted((pictures / "drive 0").iterdir())[:4]:
+        shutil.copy(file, source)
     for bound in (0.02, 0.005):
         out = tmp_path / str(bound)
-        export(pictures, out, small_model, device="cpu", maps=maps, max_error=bound, **settings)
+        export(source, out, small_model, device="cpu", maps=maps, max_error=bound, **settings)
         rows = rows_of(out).values()
         assert all(float(row["confidence_error"]) <= bound + 1e-4 for row in rows if int(row["samples"]) < 1000)
         assert all(float(row["mutual_information_error"]) > 0 for row in rows)
@@ -532,8 +535,8 @@ def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
     assert np.mean(many) > 3 * np.mean(few) and min(few) >= 40
     model = seguncert.load_model(small_model, "cpu", settings["insert_dropout"])
     path = next(iter(rows_of(out)))
-    result = seguncert.analyse(model, pictures / path, method="mc-dropout", samples="auto", maps=maps, max_error=0.02)
-    many = seguncert.analyse(model, pictures / path, method="mc-dropout", samples=1000, seed=9, maps=maps)
+    result = seguncert.analyse(model, source / path, method="mc-dropout", samples="auto", maps=maps, max_error=0.02)
+    many = seguncert.analyse(model, source / path, method="mc-dropout", samples=1000, seed=9, maps=maps)
     for name in maps:  # the error is about as large as the difference to many samples of another seed
         off = np.abs(result.maps[name] - many.maps[name])
         assert 0.4 < np.sqrt((off**2).mean() / (result.errors[name] ** 2).mean()) < 2.5
