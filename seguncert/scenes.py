@@ -1,4 +1,4 @@
-"""The laboratory's own scenes: three classic problems on a line, and pictures of 32 × 32 pixels for segmentation nets."""
+"""The laboratory's own scenes: three classic problems on a line, and pictures of 16 × 16 pixels for segmentation nets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from seguncert.hidden import HiddenObject, segments
 from seguncert.posterior import Colours, IndependentPixels, MarkovRows, QuadTree, Scene
+
+SHAPE = (16, 16)
 
 
 def _two(mean: float, sd: float, mean2: float, sd2: float) -> IndependentPixels:
@@ -37,20 +39,19 @@ def _digits(names: str, height: int, width: int, strokes: Sequence[int]) -> dict
     }  # fmt: skip
 
 
+_GROUNDS = ((150, 130, 100), (110, 140, 100), (110, 120, 140))
 SCENES: dict[str, Scene] = {
-    "pixels": IndependentPixels(
-        ("sand", "grass", "water"), (0.5, 0.3, 0.2),
-        _rgb((150, 130, 100), (110, 140, 100), (110, 120, 140), sd=30.0),
-    ),
+    "pixels": IndependentPixels(("sand", "grass", "water"), (0.5, 0.3, 0.2), _rgb(*_GROUNDS, sd=20.0), SHAPE),
     "rows": MarkovRows(
         ("sand", "grass", "water"), (0.5, 0.3, 0.2), ((0.9, 0.06, 0.04), (0.1, 0.85, 0.05), (0.1, 0.075, 0.825)),
-        _rgb((150, 130, 100), (110, 140, 100), (110, 120, 140), sd=60.0),
+        _rgb(*_GROUNDS, sd=40.0), SHAPE,
     ),
     "tree": QuadTree(
         ("sand", "grass", "water"), (0.4, 0.3, 0.3), ((0.85, 0.1, 0.05), (0.1, 0.85, 0.05), (0.05, 0.05, 0.9)),
-        _rgb((150, 130, 100), (110, 140, 100), (110, 120, 140), sd=60.0),
+        _rgb(*_GROUNDS, sd=40.0), depth=4,
     ),
     "digit": HiddenObject(
-        **_digits("68", 15, 9, (2, 3)), colours=_rgb((110, 110, 110), (150, 140, 120), (60, 80, 150), sd=30.0), step=1, bar=4,
+        **_digits("68", 13, 8, (2, 3)), colours=_rgb((110, 110, 110), (160, 150, 120), (60, 80, 150), sd=20.0), shape=SHAPE,
+        step=3, bar=6, barred=0.95, empty=0.05, clutter=0.02,
     ),
 }  # fmt: skip
