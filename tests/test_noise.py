@@ -1,10 +1,10 @@
-"""The hash behind dropout masks behaves like independent coin tosses, and depends on nothing but the place."""
+"""The hash behind dropout masks and noise behaves like independent draws, and depends on nothing but the place."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from seguncert.noise import keep_or_drop
+from seguncert.noise import _quantiles, keep_or_drop, normals
 
 SHAPE = 64, 96, 120
 
@@ -53,3 +53,18 @@ def test_a_window_is_cut_out_of_the_whole_in_any_layout():
     for last in (False, True):
         part = keep_or_drop(3, 0.7, 1.0, (5, 17, 23), (11, 29), last)
         np.testing.assert_array_equal(part, whole[:, 11:28, 29:52])
+
+
+def test_quantiles_are_scipys():
+    middle = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint64)
+    bits_N = np.r_[0:9, 2**32 - 9 : 2**32, 2**31 - 9 : 2**31 + 9, middle].astype(np.uint32)
+    found_N = np.empty(len(bits_N), np.float32)
+    _quantiles(bits_N, found_N)
+    np.testing.assert_allclose(found_N, stats.norm.ppf((bits_N + 0.5) / 2**32), rtol=1e-6, atol=1e-7)
+
+
+def test_noise_is_standard_normal_and_of_its_place_in_any_layout():
+    whole = normals(3, SHAPE)
+    assert stats.kstest(whole.ravel()[::5], "norm").pvalue > 1e-4
+    for last in (False, True):
+        np.testing.assert_array_equal(normals(3, (64, 17, 23), (11, 29), last), whole[:, 11:28, 29:52])
