@@ -90,7 +90,7 @@ def reliability(
                 lower.tick_params(labelleft=False)
         handles, labels = upper.get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=len(labels), handlelength=2.6, borderaxespad=0.1)
-        return _svg(figure, name, "Reliability diagrams: " + "; ".join(each.title for each in diagrams))
+        return svg(figure, name, "Reliability diagrams: " + "; ".join(each.title for each in diagrams))
 
 
 def _diagram(axes: Axes, diagram: Diagram) -> None:
@@ -164,7 +164,7 @@ def risk_coverage(name: str, curves: Mapping[str, RiskCoverage]) -> str:
         for axis, decimals in ((axes.xaxis, 0), (axes.yaxis, None)):
             axis.set_major_formatter(PercentFormatter(1, decimals, symbol=" %"))
         _legend(axes, "upper left")
-        return _svg(figure, name, "Risk against coverage for " + ", ".join(curves))
+        return svg(figure, name, "Risk against coverage for " + ", ".join(curves))
 
 
 def sparsification(name: str, curves: Mapping[str, RiskCoverage]) -> str:
@@ -184,7 +184,7 @@ def sparsification(name: str, curves: Mapping[str, RiskCoverage]) -> str:
         axes.set_ylabel("error rate of the rest, relative to all pixels")
         axes.xaxis.set_major_formatter(PercentFormatter(1, 0, symbol=" %"))
         _legend(axes, "upper right")
-        return _svg(figure, name, "Sparsification curves for " + ", ".join(curves))
+        return svg(figure, name, "Sparsification curves for " + ", ".join(curves))
 
 
 def accuracy_uncertainty(name: str, panels: Mapping[str, AccuracyUncertainty]) -> str:
@@ -213,7 +213,7 @@ def accuracy_uncertainty(name: str, panels: Mapping[str, AccuracyUncertainty]) -
             if (number - 1) % columns == 0:
                 axes.set_ylabel("share of pixels")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=2.6)
-        return _svg(figure, name, "Accuracy against uncertainty over thresholds for " + ", ".join(panels))
+        return svg(figure, name, "Accuracy against uncertainty over thresholds for " + ", ".join(panels))
 
 
 def confusion(name: str, confusion_CC: Int64[np.ndarray, "C C"], classes: Sequence[str]) -> str:
@@ -239,7 +239,7 @@ def confusion(name: str, confusion_CC: Int64[np.ndarray, "C C"], classes: Sequen
         bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=" %"))
         bar.set_label("share of the true class's pixels")
-        return _svg(figure, name, "Confusion matrix")
+        return svg(figure, name, "Confusion matrix")
 
 
 def images(
@@ -272,7 +272,7 @@ def images(
         axes.text(0.98, 0.03, "below the line: over-confident", ha="right", color=SOFT, transform=axes.transAxes)
         _legend(axes, "upper left")
         of = f"{len(accuracy_N)} images" + (f", every {step}th drawn" if step > 1 else "")
-        return _svg(figure, name, f"Accuracy against mean confidence of {of}")
+        return svg(figure, name, f"Accuracy against mean confidence of {of}")
 
 
 def severity(
@@ -306,7 +306,7 @@ def severity(
                 axes_row[0].yaxis.set_major_formatter(PercentFormatter(1, None, symbol=" %"))
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=2.6)
-        return _svg(figure, name, "Quality against severity for " + ", ".join(panels))
+        return svg(figure, name, "Quality against severity for " + ", ".join(panels))
 
 
 def _severities(axes: Axes, conditions: Sequence[Mapping[str, Any]], key: str, calibrated: bool) -> None:
@@ -354,7 +354,7 @@ def short(count: int) -> str:
     return str(count)
 
 
-def _svg(figure: Figure, name: str, about: str) -> str:
+def svg(figure: Figure, name: str, about: str) -> str:
     """The drawing as an element of a page: no ids but what it refers to, which begin with `name`; the page's colours."""
     out = io.StringIO()
     with warnings.catch_warnings():
