@@ -21,6 +21,7 @@ from rich.table import Table
 from seguncert.cli_evaluate import evaluate
 from seguncert.cli_export import export, run_batch
 from seguncert.cli_fit import calibrate, conformal
+from seguncert.cli_posterior import posterior
 from seguncert.cli_select import rank, select
 from seguncert.cli_terminal import STOPPED, err, one_line_errors
 
@@ -130,6 +131,7 @@ app.command()(calibrate)
 app.command()(conformal)
 app.command()(select)
 app.command("rank-scores")(rank)
+app.add_typer(posterior, name="posterior")
 
 
 def main() -> None:
