@@ -124,7 +124,7 @@ def verdicts(rows: Rows, problem: str = "sparse") -> list[str]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=f"\n{title}", title_justify="left", caption_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column in ("problem", "method") else "right")
     return table
