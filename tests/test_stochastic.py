@@ -31,6 +31,15 @@ from seguncert.stochastic import (
 from seguncert.views import make_sampler
 
 
+@pytest.fixture(autouse=True)
+def one_core():
+    """Nets here are so small that threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
