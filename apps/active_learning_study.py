@@ -14,16 +14,13 @@ import csv
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,11 +28,11 @@ from typing import Annotated, Any
 
 import cv2
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 
 from seguncert.apps.budget_curves import FULL, RANDOM, START, miou, report, squares
+from seguncert.apps.processes import processes
 from seguncert.apps.small_nets import Encoded, SmallRecipe, save_small, train_small
 from seguncert.apps.train import half_precision
 from seguncert.batch import export
@@ -366,11 +363,8 @@ def run_all(plans: Sequence[Plan], seeds: int, out: Path, workers: int) -> None:
     todo = [task for task in tasks if task.key not in done]
     console.print(f"{len(tasks) - len(todo)} of {len(tasks)} trainings are done")
     seconds = Seconds(lines)
-    context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded in the processes
-    pool = ProcessPoolExecutor(workers, context, _one_thread)
     running: dict[Future[dict[str, Any]], Task] = {}
-    try:
+    with processes(workers) as pool:
         while todo or running:
             ready = [task for task in todo if task.before is None or task.before.key in done]
             for task in ready[: workers - len(running)]:
@@ -389,26 +383,6 @@ def run_all(plans: Sequence[Plan], seeds: int, out: Path, workers: int) -> None:
                     f" of {line['units']}, mIoU {miou_of(line):.3f}; chosen in {line['choose_s']:.0f} s, trained in"
                     f" {line['train_s']:.0f} s, judged in {line['judge_s']:.0f} s; left {left:.0f} min"
                 )
-    finally:
-        for process in multiprocessing.active_children():  # after Ctrl-C: what is under way is done again
-            if todo or running:
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-def _one_thread() -> None:
-    """Of a process of the pool: Ctrl-C is the parent's, and it ends with the parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def end() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=end, daemon=True).start()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
 
 
 class Seconds:

@@ -1,4 +1,4 @@
-"""The commands of the exact-posterior laboratory: `posterior curves`."""
+"""The commands of the exact-posterior laboratory: `posterior curves`, `study`, `report` and `scenes`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,80 @@ def curves(
             raise typer.Exit(STOPPED) from None
     Console(width=160, highlight=False).print(*tables(rows), *verdicts(rows), sep="\n\n")
     print(f"\nWritten to {out.resolve()}")
+
+
+@posterior.command()
+def study(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; a study that was stopped goes on")],
+    scenes: Annotated[str, typer.Option(help="any of pixels, rows, tree, digit; comma between")] = "pixels,rows,digit",
+    numbers: Annotated[str, typer.Option(help="of training pictures; comma between")] = "20,200,2000,20000",
+    seeds: Annotated[int, typer.Option(help="each draws pictures and nets anew")] = 3,
+    updates: Annotated[int | None, typer.Option(help="of each training, to try the study out")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="trainings at once, a core each [default: all cores]")
+    ] = None,
+) -> None:
+    """Segmentation nets on scenes of known posterior: every way of predicting and every calibrator against the truth.
+
+    Writes study.json and study.csv, and keeps nets and calibrations. About an hour on two cores.
+    """
+    with one_line_errors(), progress("training and judging") as show:
+        from seguncert.apps.posterior_study import Plan, run, tables
+        from seguncert.job import available_cores
+
+        try:
+            numbered = tuple(int(each) for each in numbers.split(","))
+        except ValueError:
+            raise ValueError(f"numbers: expected whole numbers with commas between. Received: {numbers!r}") from None
+        plan = Plan(tuple(scenes.split(",")), numbered, seeds, updates=updates)
+        try:
+            rows = run(out, plan, workers or available_cores(), show)
+        except KeyboardInterrupt:
+            err.print("stopped before the end; the same command goes on")
+            raise typer.Exit(STOPPED) from None
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=200, highlight=False)
+    for title, header, lines in tables(plan, rows):
+        table = Table(*header, title=title, title_justify="left", box=None)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table, "")
+    console.print(plan.protocol())
+    print(f"\nWritten to {out.resolve()}")
+
+
+@posterior.command()
+def report(
+    curves: Annotated[Path, typer.Argument(metavar="CURVES", help="folder that `posterior curves` wrote")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="folder that `posterior study` wrote")],
+    page: Annotated[Path, typer.Argument(metavar="PAGE", help="HTML file to write")],
+) -> None:
+    """One page for readers: what the numbers mean, and which map to believe when."""
+    with one_line_errors():
+        from seguncert.apps.posterior_report import write_report
+
+        write_report(curves, study, page)
+    print(f"Open in a browser: {page.resolve()}")
+
+
+@posterior.command()
+def scenes(
+    scene: Annotated[str, typer.Argument(metavar="SCENE", help="pixels, rows, tree or digit")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
+    number: Annotated[int, typer.Option(min=1, help="of pictures")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="of the pictures")] = 0,
+) -> None:
+    """Draw pictures of a scene, with labels and exact posteriors, to try a net or a calibration of your own on.
+
+    Writes images/ and labels/ as PNG, as `calibrate` and `evaluate` take them, and posteriors/ as NPY, float64 (C, H, W).
+    """
+    with one_line_errors():
+        from seguncert.apps.scene_folder import write_scene
+
+        classes = write_scene(scene, out, number, seed)
+    print(f"{number} pictures, labels and posteriors of the classes {', '.join(classes)} in {out.resolve()}")
 
 
 @contextmanager

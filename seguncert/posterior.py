@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from jaxtyping import Float64, Int64, Shaped
 Image = Shaped[np.ndarray, "H W K"]
 
 
+@runtime_checkable
 class Scene(Protocol):
     """What all scenes can do."""
 
@@ -266,13 +267,13 @@ class Annotators:
     How much they differ has a known truth: the share of people who say c goes to P(c | picture).
     """
 
-    scene: Any
+    scene: Scene
     raters: int = 5
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Of the scene."""
-        return tuple(self.scene.classes)
+        return self.scene.classes
 
     def sample(self, n: int, seed: int) -> tuple[Shaped[np.ndarray, "N H W K"], Int64[np.ndarray, "N R H W"]]:
         """Pictures, and R label maps of each."""
@@ -285,8 +286,7 @@ class Annotators:
 
     def posterior(self, image: Image) -> Float64[np.ndarray, "C H W"]:
         """Of the scene."""
-        found_CHW: np.ndarray = self.scene.posterior(image)
-        return found_CHW
+        return self.scene.posterior(image)
 
 
 def check(classes: Sequence[str], colours: Colours, kinds: int, **chances: Any) -> None:

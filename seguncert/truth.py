@@ -71,7 +71,7 @@ class Truth:
         gap_HW = net_CHW.max(0) - right_HW
         entropy_HW, true_HW = _entropy(net_CHW), _entropy(probs_CHW)
         off_HW = np.abs(net_CHW - probs_CHW).max(0) > OFF
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # what neither gives anything is left out
             apart_CHW = np.where(probs_CHW > 0, np.log(probs_CHW) - log_net_CHW, 0)
         count = off_HW.size
         added = {

@@ -106,7 +106,7 @@ def run(plan, out, data, monkeypatch, seeds=1):
         def __init__(self, workers, context, initializer):
             super().__init__(1)
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr("seguncert.apps.processes.ProcessPoolExecutor", Here)
     study.prepare(data, out / "data" / plan.name, plan)
     study.run_all([plan], seeds, out, 1)
     return study.read_results(out / "results.jsonl", [plan])
