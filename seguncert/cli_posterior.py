@@ -64,7 +64,7 @@ def curves(
 def study(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; a study that was stopped goes on")],
     scenes: Annotated[str, typer.Option(help="any of pixels, rows, tree, digit; comma between")] = "pixels,rows,digit",
-    numbers: Annotated[str, typer.Option(help="of training pictures; comma between")] = "20,200,2000,20000",
+    numbers: Annotated[str, typer.Option(help="of training pictures; comma between")] = "20,600,20000",
     seeds: Annotated[int, typer.Option(help="each draws pictures and nets anew")] = 3,
     updates: Annotated[int | None, typer.Option(help="of each training, to try the study out")] = None,
     workers: Annotated[
