@@ -5,6 +5,7 @@ Everything stays on this machine: no request leaves it, uploads lie in a folder 
 
 from __future__ import annotations
 
+import base64
 import html
 import os
 import threading
@@ -140,6 +141,7 @@ def build(models: str | Sequence[str]) -> gr.Blocks:
             labels_tab(page)
         with gr.Accordion("What do these maps mean, and what can they not tell?", open=False):
             gr.Markdown(_file("explain.md"))
+            gr.HTML(_known_truth(), elem_id="truth")
 
         def leave(request: gr.Request) -> None:
             page.sessions.end(request.session_hash)
@@ -151,6 +153,12 @@ def build(models: str | Sequence[str]) -> gr.Blocks:
 
 def _file(name: str) -> str:
     return resources.files("seguncert.apps").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _known_truth() -> str:
+    """A drawn picture whose exact posterior is known beside what nets say of it; part of the page, so that nothing is fetched."""
+    picture = resources.files("seguncert.apps").joinpath("page", "truth.png").read_bytes()
+    return _file("truth.html").replace("PICTURE", f"data:image/png;base64,{base64.b64encode(picture).decode()}")
 
 
 def _image_tab(page: Page) -> None:

@@ -64,7 +64,8 @@ class Plan:
         return asdict(self) | {
             "updates": {name: list(updates) for name, updates in UPDATES.items()},
             "nets": "1 to hidden to hidden to 2, ReLU; Adam; cross-entropy of fresh mini-batches; weights averaged with decay"
-            " (1 + u) / (10 + u); dropout on both hidden layers, a sample is one mask for all x; a net is the first of an ensemble",
+            " (1 + u) / (10 + u); dropout on both hidden layers, a sample is one mask for all x; a net is the first of an ensemble, whose nets each draw"
+            " mini-batches of their own, so that an ensemble has seen as many times the data as it has nets",
             "quadrature": {"low": LOW, "high": HIGH, "step": STEP},
             "deciles": "x in the order of its density, in ten regions that hold a tenth of the probability each; 1 is the densest",
             "crossing": f"largest |p - q| within {NEAR:g} of where the exact posterior crosses 1/2",

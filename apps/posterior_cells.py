@@ -5,28 +5,34 @@ Nets are kept, so that what is judged can change without training again; what a 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from seguncert.apps.scene_folder import write_scene
 from seguncert.apps.scene_nets import SceneRecipe, as_model, build, net_input, train_net
 from seguncert.calibrating import calibrate
 from seguncert.calibration import KINDS, Calibration, CalibrationError, Scaling
 from seguncert.detection import RIGHT, WRONG, Detection
+from seguncert.hidden import HiddenObject
 from seguncert.maps import MAPS
 from seguncert.model import Model
 from seguncert.posterior import Annotators
-from seguncert.run import Result, Settings, analyse
+from seguncert.run import Result, analyse
 from seguncert.scenes import SCENES
 from seguncert.store import write_file
 from seguncert.truth import Truth
@@ -40,7 +46,7 @@ METHODS = {
     "stochastic-head": ("confidence", "entropy", "margin", "mutual_information", "variance", "expected_entropy"),
 }
 CALIBRATED = ("none", "mc-dropout", "ensemble")  # methods for which `auto` is fitted too
-SAMPLES = 20
+SAMPLES, RANK, FORMAT = 20, 10, 2
 BANDS = {
     "sure": (0.0, 0.1),
     "in between": (0.1, 0.5),
@@ -48,6 +54,7 @@ BANDS = {
 }  # of the true entropy, as shares of ln C
 LEAST = float(np.log(np.finfo(np.float32).tiny))  # what a probability counts as that float32 rounds to 0
 STEP = 8  # of 255, of the adversary
+SHIFT = (100, -100, 100)  # of 255, what makes colours that no scene gives
 TEST_SEED, FIT_SEED = 10_000_019, 20_000_003
 
 
@@ -71,54 +78,88 @@ class Cell:
         raters = f"-raters{self.raters if self.raters > 0 else 'all'}" if self.raters else ""
         return f"{self.scene}-{self.number}-seed{self.seed}{raters}"
 
+    @property
+    def data(self) -> str:
+        """All that decides what is trained on, in a digest: the scene with every number of it."""
+        scene = SCENES[self.scene]
+        shapes = scene.shapes.astype(int).tolist() if isinstance(scene, HiddenObject) else []
+        return _digest(repr(scene), shapes, self.number, self.seed, self.raters)
+
+    @property
+    def key(self) -> str:
+        """All that decides what is found, in a digest."""
+        settings = [SAMPLES, RANK, FORMAT, STEP, SHIFT, BANDS, list(METHODS), TEST_SEED, FIT_SEED, version("seguncert")]
+        return _digest(self.data, asdict(self), settings)
+
 
 def find_cell(cell: Cell, out: Path) -> dict[str, Any]:
     """What the cell found, from its file if it is there and of the same settings, else trained and judged now."""
     torch.set_num_threads(1)
-    file, wanted = out / "cells" / f"{cell.name}.json", json.loads(json.dumps(asdict(cell)))
+    file, key = out / "cells" / f"{cell.name}.json", cell.key
     if file.is_file():
         known = json.loads(file.read_text())
-        if known["cell"] == wanted:
+        if known.get("key") == key:
             found: dict[str, Any] = known
             return found
     for part in ("cells", "nets", "calibrations"):
         (out / part).mkdir(parents=True, exist_ok=True)
     rows = list(_soft_rows(cell, out) if cell.raters else _rows(cell, out))
-    write_file(file, json.dumps({"cell": wanted, "rows": rows}, indent=1, allow_nan=True) + "\n")
-    return {"cell": wanted, "rows": rows}
+    found = {"key": key, "cell": asdict(cell), "rows": rows}
+    write_file(file, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found
 
 
-def nets_of(cell: Cell, out: Path) -> list[Model]:
-    """The cell's nets: `members` of them with dropout, all trained on the same pictures, then one with a stochastic head."""
+def nets_of(cell: Cell, out: Path, train: bool = True) -> list[Model]:
+    """The cell's nets: `members` of them with dropout, all trained on the same pictures, then one with a stochastic head.
+
+    Raises ValueError where one is missing, or of other settings, and is not to be trained.
+    """
+    recipes = [cell.recipe] * cell.members + [replace(cell.recipe, rank=RANK)] * (not cell.raters)
+    data: list[tuple[np.ndarray, np.ndarray]] = []
+    found = []
+    for number, recipe in enumerate(recipes):
+        name = f"{cell.name}-{number}"
+        file, key = out / "nets" / f"{name}.safetensors", _digest(cell.data, asdict(recipe), number)
+        if (weights := _read_net(file, key)) is not None:
+            net = build(len(SCENES[cell.scene].classes), recipe)
+            net.load_state_dict(weights)
+            net.eval()
+        elif not train:
+            raise ValueError(
+                f"{file}: expected a net of this study. Received: none. `seguncert posterior study` makes it."
+            )
+        else:
+            data = data or [_data(cell)]
+            net = train_net(*data[0], len(SCENES[cell.scene].classes), recipe, seed=1000 * cell.seed + number)
+            content = {key: value.contiguous() for key, value in net.state_dict().items()}
+            write_file(file, save(content, {"key": key}))
+        found.append(as_model(net, SCENES[cell.scene].classes, name))
+    return found
+
+
+def _data(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures to train on, and their targets."""
     scene = SCENES[cell.scene]
     images, targets = scene.sample(cell.number, seed=cell.seed)
-    recipes = [cell.recipe] * cell.members
     if cell.raters > 0:
         images, said_NRHW = Annotators(scene, cell.raters).sample(cell.number, seed=cell.seed)
         shares = [(said_NRHW == c).mean(1, dtype=np.float32) for c in range(len(scene.classes))]
         targets = np.stack(shares, 1)
     elif cell.raters < 0:
         targets = np.stack([scene.posterior(image) for image in images]).astype(np.float32)
-    else:
-        recipes.append(SceneRecipe(**asdict(cell.recipe) | {"rank": 10}))
-    return [_net(cell, out, images, targets, recipe, number) for number, recipe in enumerate(recipes)]
+    return images, targets
 
 
-def _net(cell: Cell, out: Path, images: np.ndarray, targets: np.ndarray, recipe: SceneRecipe, number: int) -> Model:
-    classes = SCENES[cell.scene].classes
-    name = f"{cell.name}-{number}"
-    file, settings = out / "nets" / f"{name}.safetensors", json.dumps(asdict(recipe))
-    if file.is_file() and (about := file.with_suffix(".json")).is_file() and about.read_text() == settings:
-        net = build(len(classes), recipe)
-        net.load_state_dict(load_file(file))
-        net.eval()
-    else:
-        net = train_net(images, targets, len(classes), recipe, seed=1000 * cell.seed + number)
-        part = file.with_suffix(".part")
-        save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part)
-        part.replace(file)
-        write_file(file.with_suffix(".json"), settings)
-    return as_model(net, classes, name)
+def _read_net(file: Path, key: str) -> dict[str, Tensor] | None:
+    """Weights, if they are there and were trained with just these settings."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as content:
+        return load_file(file) if (content.metadata() or {}).get("key") == key else None
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rows(cell: Cell, out: Path) -> Iterator[dict[str, Any]]:
@@ -133,7 +174,7 @@ def _rows(cell: Cell, out: Path) -> Iterator[dict[str, Any]]:
     fitted_on = write_pictures(cell.scene, cell.fit, out)
     for method, kind in [*(("none", kind) for kind in KINDS), *((method, "auto") for method in CALIBRATED)]:
         yield from judged(method, partial(_fit, cell, models, fitted_on, out, method, kind), kind)
-    yield from judged("none", lambda: broken(models[0]), "broken: T = 3")
+    yield from judged("none", lambda: broken(_fit(cell, models, fitted_on, out, "none", "temperature")), "broken: 3 T")
     swapped = write_pictures(cell.scene, cell.fit, out, swapped=True)
     yield from judged("none", partial(_fit, cell, models, swapped, out, "none", "vector", "-swapped"), "broken: classes swapped")  # fmt: skip
     if cell.odd:
@@ -186,10 +227,15 @@ def _judge(
     for image, truth_CHW in zip(images, truths, strict=True):
         result = look(models, image, method, fitted)
         log_CHW, moments, C = log_probs(result), result.moments, len(truth_CHW)
+        true_HW = -np.where(truth_CHW > 0, truth_CHW * np.log(np.maximum(truth_CHW, 1e-300)), 0).sum(0)
+        share_HW = true_HW / np.log(C)
         means = {}
         if moments is not None:
-            means = {"expected_entropy": moments.entropy_HW, "mutual_information": moments.mutual_information_HW()}
-        share_HW = -np.where(truth_CHW > 0, truth_CHW * np.log(np.maximum(truth_CHW, 1e-300)), 0).sum(0) / np.log(C)
+            expected_HW = moments.entropy_HW.double().numpy()
+            means = {
+                "expected_entropy": expected_HW, "expected_entropy_error": np.abs(expected_HW - true_HW),
+                "mutual_information": moments.mutual_information_HW().double().numpy(),
+            }  # fmt: skip
         masks = {"all": np.ones_like(share_HW, bool)} | {
             band: (share_HW >= low) & (share_HW < high) for band, (low, high) in BANDS.items()
         }
@@ -199,12 +245,12 @@ def _judge(
                     truth_CHW[:, mask_HW][:, None],
                     log_CHW[:, mask_HW][:, None],
                     {key: map_HW[mask_HW][None] for key, map_HW in result.maps.items()} if part == "all" else {},
-                    {key: float(map_HW.numpy()[mask_HW].mean(dtype=np.float64)) for key, map_HW in means.items()},
+                    {key: float(map_HW[mask_HW].mean()) for key, map_HW in means.items()},
                 )
     kind = {"kind": fitted.kind} if isinstance(fitted, Calibration) else {}
     for part, truth in parts.items():
         if truth.pixels:
-            yield row | {"where": part, "share": truth.pixels / parts["all"].pixels} | kind | truth.compute()
+            yield row | {"where": part, "share": truth.pixels / parts["all"].pixels} | kind | _known(truth.compute())
 
 
 def _fit(
@@ -219,10 +265,11 @@ def _fit(
     ).calibration  # fmt: skip
 
 
-def broken(model: Model, temperature: float = 3.0) -> Calibration:
-    """A calibration that is wrong on purpose, in the form of one that is not: a temperature that nobody fitted."""
-    of_model, sampling = Settings().fitted_for([model])
-    return Calibration(Scaling("temperature", float(-np.log(temperature))), of_model, sampling)
+def broken(right: Calibration, factor: float = 3.0) -> Calibration:
+    """A calibration that is wrong on purpose, in the form of one that is not: a fitted temperature times a factor."""
+    fitted = right.calibrator
+    assert isinstance(fitted, Scaling)
+    return replace(right, calibrator=replace(fitted, constant=fitted.constant - math.log(factor)))
 
 
 def write_pictures(name: str, number: int, out: Path, swapped: bool = False) -> Path:
@@ -243,34 +290,41 @@ def write_pictures(name: str, number: int, out: Path, swapped: bool = False) -> 
 def _odd_rows(
     cell: Cell, models: Sequence[Model], images: UInt8[np.ndarray, "N H W 3"], truths: Sequence[np.ndarray]
 ) -> Iterator[dict[str, Any]]:
-    """Which map tells pixels that the scene never gives from its own; and what small steps against the net do.
+    """Which map tells pixels that the scene never gives from its own; and what small steps against the first net do.
 
-    The exact posterior of a picture that an adversary changed is known too, so there `kl` and the AUROC for `off` are given.
+    The exact posterior of a picture that an adversary changed is known too: there predictions are judged as ever.
     """
-    rng, scene = np.random.default_rng(TEST_SEED), SCENES[cell.scene]
-    odd = {
-        "noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
-        "unseen colours": (255 - images[..., ::-1]),
-        "adversarial": np.stack([adversarial(models[0], image) for image in images]),
-    }
+    scene = SCENES[cell.scene]
+    odd = {"noise": noise(images.shape), "unseen colours": unseen(images)}
+    changed = np.stack([adversarial(models[0], image) for image in images])
+    changed_truths = [scene.posterior(image) for image in changed]
     for method in METHODS:
         clean = [look(models, image, method) for image in images]
-        for name, changed in odd.items():
+        for name, pictures in odd.items():
             found = {key: Detection.empty() for key in METHODS[method]}
-            means = dict.fromkeys(("confidence", *METHODS[method]), 0.0)
-            truth = Truth()
-            for image, usual in zip(changed, clean, strict=True):
-                seen = look(models, np.ascontiguousarray(image), method)
+            means = dict.fromkeys(METHODS[method], 0.0)
+            for image, usual in zip(pictures, clean, strict=True):
+                seen = look(models, image, method)
                 for key, detection in found.items():
                     for result, outcome in ((usual, RIGHT), (seen, WRONG)):
                         doubt_HW = result.maps[key] if MAPS[key].sure_is == "low" else 1 - result.maps[key]
                         detection.update(doubt_HW.astype(np.float32), np.full(doubt_HW.shape, outcome, np.uint8), key)
-                    means[key] += float(seen.maps[key].mean()) / len(changed)
-                if name == "adversarial":
-                    truth.update(scene.posterior(image), log_probs(seen), seen.maps)
+                    means[key] += float(seen.maps[key].mean()) / len(pictures)
             row = {"method": method, "calibration": "none", "where": name} | {f"mean.{k}": v for k, v in means.items()}
-            row |= {f"tells.{key}": float(each.compute()["error_auroc"]) for key, each in found.items()}
-            yield row | (truth.compute() if truth.pixels else {})
+            yield row | {f"tells.{key}": float(each.compute()["error_auroc"]) for key, each in found.items()}
+        for row in _judge(cell, models, changed, changed_truths, method, None, "none"):
+            if row["where"] == "all":
+                yield row | {"where": "adversarial"}
+
+
+def noise(shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W 3"]:
+    """Every value alike, each by itself."""
+    return np.random.default_rng([TEST_SEED, 1]).integers(0, 256, shape, dtype=np.uint8)
+
+
+def unseen(images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """The pictures in colours that no class has: `SHIFT` is added."""
+    return np.clip(images.astype(np.int64) + np.array(SHIFT), 0, 255).astype(np.uint8)
 
 
 def adversarial(model: Model, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -278,7 +332,12 @@ def adversarial(model: Model, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.nda
     input_13HW = net_input(image[None]).requires_grad_()
     with torch.enable_grad():
         logits_1CHW = model.module(input_13HW)
-        torch.nn.functional.cross_entropy(logits_1CHW, logits_1CHW.argmax(1)).backward()
-    assert input_13HW.grad is not None
-    sign_HW3 = input_13HW.grad[0].sign().permute(1, 2, 0).numpy()
+        loss = torch.nn.functional.cross_entropy(logits_1CHW, logits_1CHW.argmax(1))
+        (gradient_13HW,) = torch.autograd.grad(loss, input_13HW)
+    sign_HW3 = gradient_13HW[0].sign().permute(1, 2, 0).numpy()
     return np.clip(image.astype(np.int64) + STEP * sign_HW3.astype(np.int64), 0, 255).astype(np.uint8)
+
+
+def _known(values: dict[str, float]) -> dict[str, float]:
+    """Without those that are undefined."""
+    return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,9 +1,13 @@
-"""Pictures of the posterior study: curves against the number of training pictures as SVG, and scenes beside their truth as PNG."""
+"""Pictures of the posterior study: curves against the number of training pictures as SVG, and scenes beside their truth as PNG.
+
+python -m seguncert.apps.posterior_pictures STUDY apps/page/truth.png
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +15,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import typer
 from jaxtyping import Int64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from seguncert.apps.posterior_cells import TEST_SEED, Cell, look, nets_of
-from seguncert.apps.posterior_study import Plan, Row, pick, span
+from seguncert.apps.posterior_study import Plan, Row, pick, read_results, span
 from seguncert.apps.scene_nets import net_input
 from seguncert.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SETTINGS, SKY, VERMILION, svg
 from seguncert.model import Model
 from seguncert.scenes import SCENES
 from seguncert.stochastic import logit_distribution
+from seguncert.store import write_file
 
 LOOKS: dict[str, tuple[str, Any, str]] = {  # told apart by colour, dashes and marks
     "none": (BLUE, "-", "o"), "mc-dropout": (VERMILION, "--", "s"), "sampling-free": (ORANGE, (0, (1, 1)), "x"),
@@ -32,6 +38,7 @@ SAMPLED = ("mc-dropout", "ensemble", "stochastic-head")
 TARGETS = {1: (BLUE, "-", "o", "labels of one rater"), 5: (VERMILION, "--", "s", "shares of five raters"), -1: (GREEN, "-.", "D", "the exact posterior")}  # fmt: skip
 PLAIN = SETTINGS | {"text.color": "black", "axes.labelcolor": "black", "axes.titlecolor": "black", "axes.grid": False}
 MASKS, DOTS_PER_INCH = 6, 150
+Shown = tuple[str, Any, "str | None"]  # title, picture, and what is on the colour bar, if anything
 
 
 def divergences(plan: Plan, rows: Sequence[Row]) -> str:
@@ -83,7 +90,7 @@ def entropies(plan: Plan, rows: Sequence[Row]) -> str:
         axes.set_ylim(0, None)
 
     return _panels(
-        "entropies", plan, "nat a pixel", draw, "Expected entropy goes to the true entropy, mutual information to zero"
+        "entropies", plan, "nat a pixel", draw, "Expected entropy and mutual information beside the true entropy"
     )
 
 
@@ -100,7 +107,7 @@ def soft_targets(plan: Plan, rows: Sequence[Row]) -> str:
         axes.set_ylabel("KL from the exact posterior / nat")
         _numbers(axes, numbers)
         axes.legend()
-        return svg(figure, "soft", "Soft targets reach the posterior with fewer pictures")
+        return svg(figure, "soft", "What soft targets are worth")
 
 
 def _panels(name: str, plan: Plan, label: str, draw: Callable[[Axes, str], None], about: str) -> str:
@@ -140,26 +147,27 @@ def _line(
         axes.vlines(numbers, [each.low for each in spans], [each.high for each in spans], color=colour, linewidth=1.1)
 
 
-def worst_of(scene: str, test: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Of the pictures that nets are judged on the one of most true doubt."""
-    images, _ = SCENES[scene].sample(test, TEST_SEED)
-    doubts = [_entropy(SCENES[scene].posterior(image)).mean() for image in images]
-    found: np.ndarray = images[int(np.argmax(doubts))]
-    return found
+def worst_of(scene: str, test: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int64[np.ndarray, "H W"]]:
+    """Of the pictures that nets are judged on the one of most true doubt, and its label."""
+    images, labels = SCENES[scene].sample(test, TEST_SEED)
+    worst = int(np.argmax([_entropy(SCENES[scene].posterior(image)).mean() for image in images]))
+    return images[worst], labels[worst]
 
 
 def truth_beside_nets(plan: Plan, study: Path, scene: str = "digit") -> bytes:
     """A picture of most doubt, its exact posterior, and what nets of few and of many pictures say of it; PNG."""
-    image, C = worst_of(scene, plan.test), len(SCENES[scene].classes)
+    (image, label_HW), C = worst_of(scene, plan.test), len(SCENES[scene].classes)
     truth_CHW = SCENES[scene].posterior(image)
     few, many = (_cell(plan, scene, n) for n in (plan.numbers[0], plan.numbers[-1]))
-    shown: list[list[tuple[str, np.ndarray, str | None]]] = [
-        [("the picture", image, None)]
-        + [(f"exact P({name})", truth_CHW[c], "probability") for c, name in enumerate(SCENES[scene].classes) if c]
-        + [("exact entropy", _entropy(truth_CHW) / math.log(C), "entropy / ln C"), ("", np.zeros((0, 0)), None)]
+    first: list[Shown] = [
+        ("the picture", image, None),
+        (f"its label: {name_of(SCENES[scene].classes, label_HW)}", _classes(C)(label_HW), None),
+        *((f"exact P({name})", truth_CHW[c], "probability") for c, name in enumerate(SCENES[scene].classes) if c),
+        ("exact entropy", _entropy(truth_CHW) / math.log(C), "entropy / ln C"),
     ]
+    shown = [first]
     for cell in (few, many):
-        models = nets_of(cell, study)
+        models = nets_of(cell, study, train=False)
         one, several = look(models, image, "none"), look(models, image, "ensemble")
         shown.append(
             [(f"net of {cell.number:,}\npictures: entropy", one.maps["entropy"], "entropy / ln C"),
@@ -172,8 +180,8 @@ def truth_beside_nets(plan: Plan, study: Path, scene: str = "digit") -> bytes:
 
 def coherent_masks(plan: Plan, study: Path, scene: str = "digit") -> bytes:
     """Whole masks: drawn from the exact joint posterior, from a stochastic head, by MC dropout, pixel by pixel; PNG."""
-    image, C = worst_of(scene, plan.test), len(SCENES[scene].classes)
-    models = nets_of(_cell(plan, scene, plan.numbers[-1]), study)
+    (image, _), C = worst_of(scene, plan.test), len(SCENES[scene].classes)
+    models = nets_of(_cell(plan, scene, plan.numbers[-1]), study, train=False)
     generator, value = torch.Generator().manual_seed(0), net_input(image[None])
     with torch.inference_mode():
         head_SHW = logit_distribution(models[-1].module, value).sample(MASKS, generator).argmax(2)[:, 0].numpy()
@@ -193,20 +201,24 @@ def coherent_masks(plan: Plan, study: Path, scene: str = "digit") -> bytes:
     with matplotlib.rc_context(PLAIN):
         figure = Figure((1.25 * (MASKS + 2) + 0.6, 1.3 * len(rows) + 0.5), layout="constrained")
         grid = figure.subplots(len(rows), MASKS + 1)
+        grid[0, 0].imshow(image, interpolation="nearest")
         for line, (name, masks_SHW) in zip(grid, rows.items(), strict=True):
-            line[0].imshow(image) if line is grid[0] else line[0].set_visible(True)
             for axes, mask_HW in zip(line[1:], masks_SHW, strict=True):
                 drawn = axes.imshow(mask_HW, cmap=_classes(C), vmin=-0.5, vmax=C - 0.5, interpolation="nearest")
             for axes in line:
                 _bare(axes)
             line[0].set_ylabel(name, fontsize=9)
-            if line is not grid[0]:
-                for spine in line[0].spines.values():
-                    spine.set_visible(False)
+        for axes in grid[1:, 0]:
+            axes.spines[:].set_visible(False)
         grid[0, 0].set_title("the picture")
         bar = figure.colorbar(drawn, ax=grid, shrink=0.5, ticks=range(C))
         bar.ax.set_yticklabels(SCENES[scene].classes)
         return _png(figure)
+
+
+def name_of(classes: Sequence[str], label_HW: np.ndarray) -> str:
+    """Of the classes of a label map that are not the first."""
+    return ", ".join(classes[c] for c in np.unique(label_HW) if c) or classes[0]
 
 
 def dropout_masks(model: Model, value_13HW: Tensor) -> Int64[np.ndarray, "S H W"]:
@@ -231,7 +243,7 @@ def _entropy(probs_CHW: np.ndarray) -> np.ndarray:
     return found
 
 
-def _grid(shown: list[list[tuple[str, np.ndarray, str | None]]]) -> bytes:
+def _grid(shown: Sequence[Sequence[Shown]]) -> bytes:
     """Pictures in rows, each with a title; one colour bar, from 0 to 1, for all maps."""
     with matplotlib.rc_context(PLAIN):
         figure = Figure((1.75 * len(shown[0]) + 0.8, 2.0 * len(shown) + 0.1), layout="constrained")
@@ -240,9 +252,7 @@ def _grid(shown: list[list[tuple[str, np.ndarray, str | None]]]) -> bytes:
             for axes, (title, picture, unit) in zip(line, pictures, strict=True):
                 _bare(axes)
                 axes.set_title(title, fontsize=9, fontweight="normal")
-                if not picture.size:
-                    axes.set_axis_off()
-                elif unit is None:
+                if unit is None:
                     axes.imshow(picture, interpolation="nearest")
                 else:
                     drawn = axes.imshow(picture, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
@@ -263,3 +273,17 @@ def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DOTS_PER_INCH, facecolor="white")
     return content.getvalue()
+
+
+def main(study: Path, picture: Path) -> None:
+    """Write the picture of a scene beside its truth, as the page's drawer shows it: STUDY PICTURE."""
+    content, _ = read_results(study)
+    write_file(picture, truth_beside_nets(Plan.of(content), study))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ValueError as error:  # the user's to mend: one line
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -3,7 +3,7 @@
     seguncert posterior report CURVES STUDY PAGE
 
 Every figure is of files that `seguncert posterior curves` and `seguncert posterior study` wrote, and so is every number in its
-sentences.
+sentences; what stands in the template holds whatever they found.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from seguncert.apps import curve_tables
 from seguncert.apps.posterior_pictures import coherent_masks, divergences, entropies, soft_targets, truth_beside_nets
-from seguncert.apps.posterior_study import Plan, Row, Table, best_map, pick, read_results, span, tables
+from seguncert.apps.posterior_study import Plan, Row, Table, best_map, change, pick, read_results, span, tables
 from seguncert.report import environment
 from seguncert.store import write_file
 
@@ -40,7 +40,7 @@ class Figure:
 def write_report(curves: Path, study: Path, page: Path) -> None:
     """The page. ValueError where a folder does not hold what the commands write."""
     content, rows = read_results(study)
-    plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in content["plan"].items()})
+    plan = Plan.of(content)
     scene = "digit" if "digit" in plan.scenes else plan.scenes[-1]
     try:
         of_curves = json.loads((curves / "curves.json").read_text())
@@ -61,7 +61,7 @@ def write_report(curves: Path, study: Path, page: Path) -> None:
     }  # fmt: skip
     more = [Figure(drawn[name], f"Theory against net, problem {name}.", CURVES) for name in ("equal", "nested")]
     text = environment().get_template("posterior.html").render(
-        figures=figures, more=more, study=found, protocol=content["protocol"], says=sentences(plan, rows),
+        figures=figures, more=more, scene=scene, study=found, protocol=content["protocol"], says=sentences(plan, rows),
         curves=[_of_rich(each) for each in curve_tables.tables(of_curves["rows"])],
         verdicts=curve_tables.verdicts(of_curves["rows"]), believe=believe(plan, rows),
         calibrators=[table for table in found if ": what calibrators change" in table[0]],
@@ -77,51 +77,26 @@ _SPARSE = (
     "Theory against net: above the density of each class, below P(first class | x), exact and of {seeds} nets, each with its own data. The dotted lines mark"
     " where the exact posterior crosses one half."
 )
-_DOUBT = "Above, predictions; shaded, where they are off by more than 0.1. Below, what the maps say there, each as a share of its bound."
+_DOUBT = (
+    "Above, predictions; shaded, where they are off by more than 0.1. Below, what the maps say there, each as a share of its bound. The nets of an ensemble draw"
+    " their own data, so that it has seen as many times more than one net as it has nets."
+)
 _ENTROPIES = "Mean over pixels of new pictures and over seeds; bars are the range. Filled marks: expected entropy; hollow ones: mutual information."
 _KL = "Mean over pixels of new pictures and over seeds; bars are the range. Every training has the same number of updates."
 _SOFT = "One net, one pass; mean over seeds, bars are the range."
-_MASKS = "The picture of most doubt again. A sample of the head is one mask; MC dropout has the doubt of its weights only; drawn pixel by pixel nothing hangs together."
+_MASKS = "The picture of most doubt again: masks drawn from the exact posterior of whole masks, and from what nets of the largest training set say."
 
 
 def sentences(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
     """What the figures come to, in words, from the rows alone."""
-    own = [row for row in rows if not row["raters"]]
-    usual = pick(own, where="all", calibration="none")
-    few, many = plan.numbers[0], plan.numbers[-1]
+    own, soft = [row for row in rows if not row["raters"]], [row for row in rows if row["raters"]]
     said: dict[str, list[str]] = {name: [] for name in ("entropies", "kl", "calibration", "soft", "odd")}
     for scene in plan.scenes:
-        last = pick(usual, scene=scene, number=many)
-        truth = span(last, "true_entropy").mean
-        of = {
-            method: span(pick(last, method=method), "expected_entropy").mean / truth - 1
-            for method in ("mc-dropout", "ensemble")
-        }
-        spread = {
-            n: span(pick(usual, scene=scene, number=n, method="ensemble"), "mutual_information").mean
-            for n in (few, many)
-        }
-        said["entropies"].append(
-            f"{scene}: at {many:,} pictures the expected entropy is {of['mc-dropout']:+.1%} (MC dropout) and {of['ensemble']:+.1%}"
-            f" (ensemble) from the true {truth:.3f} nat; the ensemble's mutual information falls from {spread[few]:.3f} to {spread[many]:.4f} nat."
-        )
-        divergence = {
-            n: {m: span(pick(usual, scene=scene, number=n, method=m), "kl").mean for m in dict.fromkeys(r["method"] for r in usual)}
-            for n in (few, many)
-        }  # fmt: skip
-        best = {n: min(divergence[n], key=lambda m, n=n: divergence[n][m]) for n in divergence}  # type: ignore[misc]
-        said["kl"].append(
-            f"{scene}: one pass goes from {divergence[few]['none']:.3f} to {divergence[many]['none']:.4f} nat; nearest to the truth are"
-            f" {best[few]} ({divergence[few][best[few]]:.3f}) with {few:,} pictures and {best[many]} ({divergence[many][best[many]]:.4f}) with {many:,}."
-        )
-        said["calibration"].append(_of_calibration(plan, pick(own, scene=scene), scene))
-        noise = pick(own, scene=scene, where="noise", method="none")
-        tells = best_map([row for row in pick(own, scene=scene, where="noise")], "tells.")
-        said["odd"].append(
-            f"{scene}: shown pure noise, one pass is {span(noise, 'mean.confidence').mean:.0%} sure on average; over all ways, the map that tells"
-            f" noise best is {tells} (AUROC)."
-        )
-    soft = [row for row in rows if row["raters"]]
+        of_scene = pick(own, scene=scene)
+        said["entropies"].append(_of_entropies(plan, of_scene, scene))
+        said["kl"].append(_of_divergence(plan, of_scene, scene))
+        said["calibration"].append(_of_calibration(plan, of_scene, scene))
+        said["odd"].append(_of_odd(plan, of_scene, scene))
     for number in (n for n in plan.numbers if pick(soft, number=n)):
         each = {raters: span(pick(soft, raters=raters, number=number), "kl").mean for raters in (1, 5, -1)}
         said["soft"].append(
@@ -130,28 +105,80 @@ def sentences(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
     return {name: " ".join(each) for name, each in said.items()}
 
 
+def _of_entropies(plan: Plan, rows: Sequence[Row], scene: str) -> str:
+    usual = pick(rows, where="all", calibration="none")
+    parts = []
+    for number in (plan.numbers[0], plan.numbers[-1]):
+        several = pick(usual, number=number, method="ensemble")
+        truth = span(several, "true_entropy").mean
+        share, error = span(several, "expected_entropy").mean / truth - 1, span(several, "expected_entropy_error").mean
+        parts.append(
+            f"{number:,} pictures {share:+.1%} in the mean and {error:.4f} nat pixel by pixel, with a mutual information of"
+            f" {span(several, 'mutual_information').mean:.4f} nat"
+        )
+    return (
+        f"{scene}, true entropy {truth:.4f} nat: the ensemble's expected entropy is off, at {parts[0]}; at {parts[1]}."
+    )
+
+
+def _of_divergence(plan: Plan, rows: Sequence[Row], scene: str) -> str:
+    usual = pick(rows, where="all", calibration="none")
+    parts = []
+    for number in (plan.numbers[0], plan.numbers[-1]):
+        found = {row["method"]: span(pick(usual, number=number, method=row["method"]), "kl").mean for row in usual}
+        best = min(found, key=lambda method: found[method])
+        parts.append(
+            f"with {number:,} pictures one pass is {found['none']:.4f} nat away, and {best} is nearest ({found[best]:.4f})"
+        )
+    return f"{scene}: {'; '.join(parts)}."
+
+
 def _of_calibration(plan: Plan, rows: Sequence[Row], scene: str) -> str:
     few = plan.numbers[0]
-    kept = pick(rows, method="none", where="all", number=few)
-    before = span(pick(kept, calibration="none"), "kl").mean
-    changes = {
-        kind: span(pick(kept, calibration=kind), "kl").mean - before
-        for kind in dict.fromkeys(row["calibration"] for row in kept)
-        if kind != "none" and not kind.startswith("broken") and not all("refused" in row for row in pick(kept, calibration=kind))
-    }  # fmt: skip
-    if not changes:
-        return f"{scene}: no calibrator could be fitted."
-    best = min(changes, key=lambda kind: changes[kind])
-    broken = pick(rows, method="none", where="all")
-    worse = [
-        row["kl"] - next(r["kl"] for r in pick(broken, calibration="none", number=row["number"], seed=row["seed"]))
-        for row in broken
-        if row["calibration"].startswith("broken") and row["number"] == plan.numbers[-1]
-    ]
-    caught = (
-        f"the broken ones raise it by {min(worse):.3f} nat or more at {plan.numbers[-1]:,} pictures" if worse else ""
+    kinds = dict.fromkeys(row["calibration"] for row in pick(rows, method="none"))
+    fitted = {
+        kind: change(rows, "none", kind, few)[0] for kind in kinds if kind != "none" and not kind.startswith("broken")
+    }
+    fitted = {kind: each for kind, each in fitted.items() if each.seeds == plan.seeds}
+    best = min(fitted, key=lambda kind: fitted[kind].mean, default=None)
+    text = f"{scene}: with {few:,} training pictures"
+    text += (
+        f" {best} changes the KL by {fitted[best].mean:+.4f} nat"
+        if best
+        else " no calibrator could be fitted for all seeds"
     )
-    return f"{scene}: with {few:,} training pictures the KL is {before:.3f} nat, and {best} changes it by {changes[best]:+.3f}; {caught}."
+    broken = [
+        change(rows, "none", kind, number, "temperature")[0]
+        for kind in kinds
+        if kind.startswith("broken")
+        for number in plan.numbers
+    ]
+    known = [each for each in broken if each.seeds]
+    if known and all(each.low > 0 for each in known):
+        text += f"; the broken ones are found out, always: beside the fitted temperature they add {min(each.low for each in known):.4f} nat or more"
+    elif known:
+        missed = sum(each.low <= 0 for each in known)
+        text += (
+            f"; beside the fitted temperature a broken one is no worse for some seed in {missed} of {len(known)} cases"
+        )
+    return text + "."
+
+
+def _of_odd(plan: Plan, rows: Sequence[Row], scene: str) -> str:
+    parts = []
+    for where in ("noise", "unseen colours"):
+        kept = pick(rows, where=where)
+        sure = span(pick(kept, method="none"), "mean.confidence").mean
+        pairs = {
+            (row["method"], name): span(pick(kept, method=row["method"]), name).mean
+            for row in kept for name in row if name.startswith("tells.")
+        }  # fmt: skip
+        method, name = max(pairs, key=lambda pair: pairs[pair])
+        parts.append(
+            f"of {where} one pass is {sure:.0%} sure on average, and what tells it best is {name.removeprefix('tells.').replace('_', ' ')}"
+            f" of {method} (AUROC {pairs[method, name]:.2f})"
+        )
+    return f"{scene}, nets of {plan.numbers[-1]:,} pictures: {'; '.join(parts)}."
 
 
 def believe(plan: Plan, rows: Sequence[Row]) -> list[Table]:
@@ -164,13 +191,13 @@ def believe(plan: Plan, rows: Sequence[Row]) -> list[Table]:
         for scene in plan.scenes:
             for number in (plan.numbers[0], plan.numbers[-1]):
                 cells.append(best_map(pick(kept, scene=scene, where="all", number=number)))
-        cells += [best_map(pick(kept, where=where), "tells.") for where in ("noise", "unseen colours", "adversarial")]
+        cells += [best_map(pick(kept, where=where), "tells.") for where in ("noise", "unseen colours")]
         lines.append(cells)
     header = ["way", *(f"{scene}, {n:,}" for scene in plan.scenes for n in (plan.numbers[0], plan.numbers[-1])),
-              "noise", "unseen colours", "adversarial"]  # fmt: skip
+              "noise", "unseen colours"]  # fmt: skip
     return [
         ("The best map of each way, and its AUROC: for pixels off by more than 0.1, by scene and training pictures; and for inputs that the"
-         f" scenes never give (mean over scenes, nets of {plan.numbers[-1]:,} pictures)", header, lines)
+         f" scenes never give (mean over scenes and seeds, nets of {plan.numbers[-1]:,} pictures)", header, lines)
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from seguncert.apps.posterior_cells import FIT_SEED, SAMPLES, STEP, TEST_SEED, Cell, find_cell
+from seguncert.apps.posterior_cells import BANDS, FIT_SEED, RANK, SAMPLES, SHIFT, STEP, TEST_SEED, Cell, find_cell
 from seguncert.apps.processes import processes
 from seguncert.apps.scene_nets import SceneRecipe
 from seguncert.scenes import SCENES
@@ -50,11 +50,23 @@ class Plan:
             raise ValueError(
                 f"scenes: expected some of {', '.join(SCENES)}. Received: {', '.join(self.scenes) or 'none'}"
             )
+        for name in ("scenes", "numbers"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: expected each once. Received: {', '.join(map(str, given))}")
+        object.__setattr__(self, "numbers", tuple(sorted(self.numbers)))
         least = {"seeds": 1, "members": 2, "test": 2, "fit": 10, "updates": 1}
-        given = {name: getattr(self, name) for name in least} | {"numbers": min(self.numbers, default=0)}
-        for name, value in given.items():
+        counts = {name: getattr(self, name) for name in least} | {"numbers": min(self.numbers, default=0)}
+        for name, value in counts.items():
             if value is not None and value < least.get(name, 1):
                 raise ValueError(f"{name}: expected {least.get(name, 1)} or more. Received: {value}")
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Plan:
+        """That of study.json."""
+        plan: dict[str, Any] = content["plan"]
+        as_tuples: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in plan.items()}
+        return cls(**as_tuples)
 
     def cells(self) -> list[Cell]:
         """All that is to be trained, the longest first."""
@@ -83,17 +95,21 @@ class Plan:
         scenes = "; ".join(
             f"{name} ({type(SCENES[name]).__name__}, {self.updates or UPDATES[name]} updates)" for name in self.scenes
         )
+        recipe = {key: value for key, value in asdict(SceneRecipe()).items() if key not in ("updates", "rank")}
+        bands = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in BANDS.items())
         return (
-            f"Scenes of 16 x 16 pixels: {scenes}. Nets: a Unet of three levels, {asdict(SceneRecipe())}, trained by plain"
+            f"Scenes of 16 x 16 pixels: {scenes}. Nets: a Unet of three levels, {recipe}, trained by plain"
             f" cross-entropy on {', '.join(map(str, self.numbers))} pictures; seeds 0 to {self.seeds - 1} draw pictures and"
             f" nets. Each net is judged on the same {self.test} new pictures of the scene (seed {TEST_SEED}), pixel by pixel"
-            f" against the exact posterior. none, mc-dropout ({SAMPLES} samples), sampling-free and tta (both flips): the"
-            f" first net; ensemble: {self.members} nets trained on the same pictures; stochastic-head: one more net, with a"
-            f" head of rank 10 instead of dropout. Calibrators are fitted by `seguncert calibrate` on all pixels of {self.fit}"
-            f" more pictures (seed {FIT_SEED}), in ten groups of which each is held out in turn for auto. Odd inputs, for nets"
-            f" of {max(self.numbers)} pictures: uniform noise; the test pictures with 255 − value and red and blue swapped;"
-            f" one step of {STEP} of 255 against the shown class. A probability that float32 rounds to 0 counts as 1.2e-38."
-            f" seguncert {version('seguncert')}."
+            f" against the exact posterior; bands of pixels are by true entropy as a share of ln C: {bands}. none, mc-dropout,"
+            f" sampling-free and tta (both flips): the first net; ensemble: {self.members} nets trained on the same pictures;"
+            f" stochastic-head: one more net, with a head of rank {RANK} instead of dropout; {SAMPLES} samples each. Calibrators"
+            f" are fitted by `seguncert calibrate` on all pixels of {self.fit} more pictures (seed {FIT_SEED}), in ten groups of"
+            f" which each is held out in turn for auto; broken ones are three times the fitted temperature, and vector fitted to"
+            f" labels of which each is that of the next class. Odd inputs, for nets of {max(self.numbers)} pictures: uniform"
+            f" noise; the test pictures with {SHIFT} added to red, green and blue; and, where the posterior is known still, one step of"
+            f" {STEP} of 255 against the class that the first net shows. Soft targets: on {SOFT_SCENE}, up to {SOFT_MOST} pictures,"
+            f" one net. A probability that float32 rounds to 0 counts as 1.2e-38. seguncert {version('seguncert')}."
         )
 
 
@@ -147,11 +163,12 @@ def read_results(out: Path) -> tuple[dict[str, Any], list[Row]]:
 
 @dataclass(frozen=True)
 class Span:
-    """Mean over seeds, and their range."""
+    """Mean over seeds, their range, and of how many seeds there was a figure."""
 
     mean: float
     low: float
     high: float
+    seeds: int
 
     def text(self, digits: int = 4) -> str:
         """Mean and range in few characters."""
@@ -160,10 +177,24 @@ class Span:
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
-def span(rows: Iterable[Row], name: str, of: Callable[[float], float] = lambda value: value) -> Span:
+def span(rows: Iterable[Row], name: str) -> Span:
     """Of one figure over the seeds; NaN where no row has it."""
-    values = [of(row[name]) for row in rows if name in row and not math.isnan(row[name])]
-    return Span(float(np.mean(values)), min(values), max(values)) if values else Span(math.nan, math.nan, math.nan)
+    return span_of([row[name] for row in rows if name in row])
+
+
+def span_of(values: Sequence[float]) -> Span:
+    """Of these values."""
+    known = (float(np.mean(values)), min(values), max(values)) if values else (math.nan,) * 3
+    return Span(*known, len(values))
+
+
+def change(rows: Sequence[Row], method: str, calibration: str, number: int, base: str = "none") -> tuple[Span, int]:
+    """KL with a calibration less KL with another, seed by seed; and how many seeds it was refused for."""
+    own = pick(rows, method=method, where="all", number=number)
+    before = {row["seed"]: row["kl"] for row in pick(own, calibration=base) if "kl" in row}
+    after = pick(own, calibration=calibration)
+    found = [row["kl"] - before[row["seed"]] for row in after if "kl" in row and row["seed"] in before]
+    return span_of(found), sum("refused" in row for row in after)
 
 
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -187,10 +218,10 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
             [method, *(span(pick(usual, method=method, number=n), "kl").text() for n in plan.numbers)]
             for method in dict.fromkeys(row["method"] for row in usual)
         ]))  # fmt: skip
-        found.append((f"{scene}: entropies / nat; the truth is {truth:.4f}", ["way", "", *numbers], [
+        found.append((f"{scene}: entropies / nat; the truth is {truth:.4f}; errors are means over pixels of the distance from it", ["way", "", *numbers], [
             [method, name.replace("_", " "), *(span(pick(usual, method=method, number=n), name).text() for n in plan.numbers)]
             for method in dict.fromkeys(row["method"] for row in usual)
-            for name in (("entropy",) if method == "none" else ("entropy", "expected_entropy", "mutual_information"))
+            for name in (("entropy", "entropy_error") if method == "none" else ("entropy", "entropy_error", "expected_entropy", "expected_entropy_error", "mutual_information"))
         ]))  # fmt: skip
         largest = max(plan.numbers)
         found.append((f"{scene}, {largest} pictures: which way is true, and where (KL / nat; in brackets the share of pixels)",
@@ -205,7 +236,14 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
         ]))  # fmt: skip
         found.append((f"{scene}, nets of {largest} pictures: inputs that the scene never gives", ["way", "input", "confidence", "which map tells them from the scene's own (AUROC)"], [
             [method, where, span(pick(own, method=method, where=where), "mean.confidence").text(3), _tells(pick(own, method=method, where=where))]
-            for where in ("noise", "unseen colours", "adversarial")
+            for where in ("noise", "unseen colours")
+            for method in dict.fromkeys(row["method"] for row in usual)
+        ]))  # fmt: skip
+        found.append((f"{scene}, nets of {largest} pictures: one small step against the first net, judged by the posterior of the changed pictures",
+            ["way", "KL / nat", "KL before", "off by > 0.1", "off before", "overconfidence", "its best map for off, AUROC"], [
+            [method, *(span(pick(own, method=method, calibration="none", where=where, number=largest), name).text()
+                       for name in ("kl", "off") for where in ("adversarial", "all")),
+             span(pick(own, method=method, where="adversarial"), "overconfidence").text(), best_map(pick(own, method=method, where="adversarial"))]
             for method in dict.fromkeys(row["method"] for row in usual)
         ]))  # fmt: skip
     soft = [row for row in rows if row["raters"]]
@@ -227,14 +265,17 @@ def _band(rows: Sequence[Row], band: str) -> str:
 
 
 def best_map(rows: Sequence[Row], prefix: str = "auroc.") -> str:
-    """The map with the largest mean AUROC, and that."""
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
-    areas = {name: span(rows, name) for name in names}
-    areas = {name: area for name, area in areas.items() if not math.isnan(area.mean)}
-    if not areas:
+    """The map with the largest mean AUROC, and that; of how many rows, where some have none."""
+    found = {
+        name.removeprefix(prefix): span(rows, name)
+        for name in dict.fromkeys(n for row in rows for n in row)
+        if name.startswith(prefix)
+    }
+    if not found:
         return "-"
-    best = max(areas, key=lambda name: areas[name].mean)
-    return f"{best.removeprefix(prefix).replace('_', ' ')} {areas[best].mean:.2f}"
+    best = max(found, key=lambda name: found[name].mean)
+    few = f", of {found[best].seeds} of {len(rows)}" if found[best].seeds < len(rows) else ""
+    return f"{best.replace('_', ' ')} {found[best].mean:.2f}{few}"
 
 
 def _tells(rows: Sequence[Row]) -> str:
@@ -249,17 +290,6 @@ def _calibrators(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _change(rows: Sequence[Row], method: str, calibration: str, number: int) -> str:
-    """KL after less before, seed by seed."""
-    changes, refused = [], 0
-    before = {
-        row["seed"]: row["kl"] for row in pick(rows, method=method, calibration="none", where="all", number=number)
-    }
-    for row in pick(rows, method=method, calibration=calibration, where="all", number=number):
-        if "refused" in row:
-            refused += 1
-        else:
-            changes.append(row["kl"] - before[row["seed"]])
-    if not changes:
-        return "refused"
-    found = f"{np.mean(changes):+.4f} [{min(changes):+.4f}, {max(changes):+.4f}]"
-    return found + (f", refused {refused}" if refused else "")
+    found, refused = change(rows, method, calibration, number)
+    told = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]" if found.seeds else "refused"
+    return told + (f", refused for {refused} of {found.seeds + refused}" if refused and found.seeds else "")

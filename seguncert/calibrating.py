@@ -54,6 +54,8 @@ class Calibrated:
         found, held_out = self.calibration, self.calibration.protocol["held_out"]
         kind = "none: no calibrator was surely better" if found.calibrator is None else found.kind
         text = f"{kind}, fitted on {self.pixels} pixels of {self.pictures} images"
+        for name, reason in (held_out or {}).get("not_fitted", {}).items():
+            text += f". {name} was left out of the choice, since it could not be fitted on some of the images: {reason}"
         if held_out and held_out["by"] != "sequence":
             text += (
                 ". All are of one sequence, so nothing is known of other scenes, and no more than one temperature was"

@@ -121,7 +121,7 @@ def scenes(
     scene: Annotated[str, typer.Argument(metavar="SCENE", help="pixels, rows, tree or digit")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
     number: Annotated[int, typer.Option(min=1, help="of pictures")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="of the pictures")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the pictures; the study trains on those of 0, 1, …")] = 1000,
 ) -> None:
     """Draw pictures of a scene, with labels and exact posteriors, to try a net or a calibration of your own on.
 

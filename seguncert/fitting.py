@@ -422,7 +422,8 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
     The pictures are folded by sequence. One temperature must beat none; every other kind must beat the best so far: the
     95 % interval of the gain over blocks of pictures must not reach 0, and no fold may get worse by more than `HARM`.
     With one sequence only the folds are blocks of consecutive pictures, and more than one temperature is not
-    tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %).
+    tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %). A kind whose fit fails on
+    some pictures is not taken; `not_fitted` of how it was done has the reason.
     """
     pixels = pixels.only(lambda each: len(each) > 0).thinned(JUDGED)
     if len(pixels.drawn) < 2:
@@ -435,10 +436,16 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
     for fold in sorted(set(folds.values())):
         test = pixels.only(lambda each, fold=fold: folds[each.picture] == fold)  # type: ignore[misc]
         rest = pixels.only(lambda each, fold=fold: folds[each.picture] != fold)  # type: ignore[misc]
-        for kind, found in held.items():
-            found |= test.nll(None if kind == "none" else fit(kind, rest))
+        for kind in list(held):
+            try:
+                held[kind] |= test.nll(None if kind == "none" else fit(kind, rest))
+            except CalibrationError as error:
+                if kind == "temperature":
+                    raise
+                del held[kind]  # it is out of the choice, and the others go on
+                how.setdefault("not_fitted", {})[kind] = str(error)
     best, table = "none", [Candidate("none", _mean(held["none"]), "", 0.0, (0.0, 0.0), 0.0, False)]
-    for kind in ("temperature", *kinds):
+    for kind in (kind for kind in held if kind != "none"):
         gain, interval, worst = compare(held[best], held[kind], clusters, folds)
         chosen = interval[0] > 0 and worst <= HARM
         table.append(Candidate(kind, _mean(held[kind]), best, gain, interval, worst, chosen))

@@ -133,7 +133,7 @@ class IndependentPixels:
 
     def posterior(self, image: Image) -> Float64[np.ndarray, "C H W"]:
         """P(c | x) ∝ P(c) p(x | c)."""
-        return normalised(np.log(self.priors)[:, None, None] + self.colours.log_likelihood(image))
+        return normalised(log(self.priors)[:, None, None] + self.colours.log_likelihood(image))
 
     def draw_labels(self, image: Image, n: int, seed: int) -> Int64[np.ndarray, "N H W"]:
         """Pixel by pixel, since the joint posterior is a product."""
