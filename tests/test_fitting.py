@@ -11,6 +11,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.isotonic import IsotonicRegression
 
+from seguncert import fitting
 from seguncert.calibration import FEATURES, KINDS, CalibrationError, Scaling
 from seguncert.fitting import BINS, HARM, MOST, RIDGE, Drawn, Pixels, choose, compare, fit, folds_of
 
@@ -426,6 +427,23 @@ def test_a_richer_kind_is_chosen_where_it_is_surely_better():
     assert kind == "class-conditional" and [each.over for each in table] == ["", "none", "temperature"]
     alike = sample(groups=4, pictures=6, names=NAMES[:1])
     assert choose(alike, ("class-conditional",))[0] == "temperature"
+
+
+def test_a_kind_that_cannot_be_fitted_leaves_the_choice_to_the_others(monkeypatch):
+
+    def fails(kind, pixels):
+        if kind == "vector" and "s1" not in {each.group for each in pixels.drawn}:
+            raise CalibrationError("vector: did not end")
+        return fit(kind, pixels)
+
+    pixels = sample(groups=4, pictures=6, of_class=(0.8, 0.0, -0.8, 0.3))
+    wanted = choose(pixels, ("class-conditional",))
+    monkeypatch.setattr(fitting, "fit", fails)
+    kind, table, how = choose(pixels, ("vector", "class-conditional"))
+    assert (kind, table) == wanted[:2] and how == wanted[2] | {"not_fitted": {"vector": "vector: did not end"}}
+    monkeypatch.setattr(fitting, "fit", lambda kind, pixels: fails("vector", pixels))
+    with pytest.raises(CalibrationError, match="did not end"):  # without a temperature there is no choice
+        choose(pixels, ())
 
 
 def test_with_one_sequence_no_more_than_a_temperature_is_tried():

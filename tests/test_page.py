@@ -376,6 +376,16 @@ def test_errors_are_text_and_not_html(tab, tmp_path):
 
 
 @browser_only
+def test_the_drawer_shows_a_picture_whose_truth_is_known(tab):
+    tab.get_by_text("What do these maps mean").click()
+    picture = tab.locator("#truth img")
+    picture.scroll_into_view_if_needed()
+    assert picture.is_visible() and picture.evaluate("each => each.naturalWidth") > 600
+    assert "exact" in picture.get_attribute("alt") and picture.get_attribute("src").startswith("data:image/png")
+    assert "a 6 or an 8 behind a bar" in tab.inner_text("#truth figcaption")
+
+
+@browser_only
 def test_labels_of_ones_own_are_judged_and_fitted(tab, tmp_path):
     rng = np.random.default_rng(0)
     model = seguncert.load_model("street")
