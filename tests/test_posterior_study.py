@@ -94,7 +94,7 @@ def test_soft_targets_of_one_rater_are_hard_labels():
 
 
 def test_a_net_learns_the_posterior_and_soft_targets_teach_more():
-    recipe = SceneRecipe(updates=150, batch=16, channels=8)
+    recipe = SceneRecipe(updates=60, batch=16, channels=8)
     images, labels = PIXELS.sample(12, seed=0)
     exact = np.stack([PIXELS.posterior(image) for image in images]).astype(np.float32)
     of_labels, of_posterior = (
@@ -103,7 +103,7 @@ def test_a_net_learns_the_posterior_and_soft_targets_teach_more():
     truth = Truth()  # of a net that knows nothing but the priors
     for image in PIXELS.sample(20, seed=99)[0]:
         truth.update(PIXELS.posterior(image), np.log(np.array(PIXELS.priors))[:, None, None] * np.ones((1, 16, 16)))
-    assert of_posterior < 0.1 < of_labels < truth.compute()["kl"]
+    assert of_posterior < 0.75 * of_labels and of_labels < truth.compute()["kl"]
 
 
 def test_an_adversary_takes_small_steps_against_the_shown_class():
