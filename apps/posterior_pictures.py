@@ -19,6 +19,7 @@ import typer
 from jaxtyping import Int64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from seguncert.apps.posterior_cells import TEST_SEED, Cell, look, nets_of
@@ -54,7 +55,7 @@ def divergences(plan: Plan, rows: Sequence[Row]) -> str:
                 look_of,
                 method,
             )
-        axes.set_yscale("log")
+        _logarithmic(axes)
 
     return _panels(
         "kl", plan, "KL from the exact posterior / nat", draw, "How far predictions are from the exact posterior"
@@ -96,14 +97,14 @@ def entropies(plan: Plan, rows: Sequence[Row]) -> str:
 
 def soft_targets(plan: Plan, rows: Sequence[Row]) -> str:
     """KL against the number of pictures for one rater, five, and the posterior itself as targets."""
-    own = [row for row in rows if row["raters"]]
+    own = [row for row in rows if row["raters"] and row["where"] == "all"]
     numbers = [n for n in plan.numbers if pick(own, number=n)]
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((5.2, 3.6), layout="constrained")
         axes = figure.subplots()
         for raters, (colour, style, mark, label) in TARGETS.items():
             _line(axes, plan, pick(own, raters=raters), "kl", (colour, style, mark), label, numbers=numbers)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylabel("KL from the exact posterior / nat")
         _numbers(axes, numbers)
         axes.legend()
@@ -123,6 +124,11 @@ def _panels(name: str, plan: Plan, label: str, draw: Callable[[Axes, str], None]
                 axes.set_ylabel(label)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=3)
         return svg(figure, name, about)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _numbers(axes: Axes, numbers: Sequence[int]) -> None:

@@ -87,9 +87,10 @@ _SOFT = "One net, one pass; mean over seeds, bars are the range."
 _MASKS = "The picture of most doubt again: masks drawn from the exact posterior of whole masks, and from what nets of the largest training set say."
 
 
-def sentences(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
+def sentences(plan: Plan, rows: Sequence[Row]) -> dict[str, list[str]]:
     """What the figures come to, in words, from the rows alone."""
-    own, soft = [row for row in rows if not row["raters"]], [row for row in rows if row["raters"]]
+    own = [row for row in rows if not row["raters"]]
+    soft = [row for row in rows if row["raters"] and row["where"] == "all"]
     said: dict[str, list[str]] = {name: [] for name in ("entropies", "kl", "calibration", "soft", "odd")}
     for scene in plan.scenes:
         of_scene = pick(own, scene=scene)
@@ -102,7 +103,7 @@ def sentences(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
         said["soft"].append(
             f"With {number:,} pictures: {each[1]:.4f} nat from one rater, {each[5]:.4f} from the shares of five, {each[-1]:.4f} from the posterior itself."
         )
-    return {name: " ".join(each) for name, each in said.items()}
+    return said
 
 
 def _of_entropies(plan: Plan, rows: Sequence[Row], scene: str) -> str:

@@ -246,7 +246,7 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
              span(pick(own, method=method, where="adversarial"), "overconfidence").text(), best_map(pick(own, method=method, where="adversarial"))]
             for method in dict.fromkeys(row["method"] for row in usual)
         ]))  # fmt: skip
-    soft = [row for row in rows if row["raters"]]
+    soft = [row for row in rows if row["raters"] and row["where"] == "all"]
     if soft:
         used = [n for n in plan.numbers if pick(soft, number=n)]
         found.append((f"{SOFT_SCENE}: soft targets, KL / nat by training pictures (one net, one pass)", ["targets", *map(str, used)], [

@@ -143,6 +143,9 @@ def test_the_study_judges_every_way_and_says_its_protocol(study):
     assert "seeds 0 to 1" in content["protocol"] and len(content["rows"]) == len(rows)
     titles = [title for title, _, _ in posterior_study.tables(plan, rows)]
     assert len(titles) == len(set(titles)) == 7
+    (table,) = [lines for title, _, lines in posterior_study.tables(plan, rows) if "soft targets" in title]
+    whole = [row["kl"] for row in rows if row["raters"] == 5 and row["number"] == 16 and row["where"] == "all"]
+    assert len(whole) == 2 and table[1][2].startswith(f"{np.mean(whole):.4f} [{min(whole):.4f}, {max(whole):.4f}]")
     broken_rows = [row for row in rows if row["calibration"] == "broken: classes swapped" and row["where"] == "all"]
     assert broken_rows and all(row["kind"] == "vector" for row in broken_rows)
 
