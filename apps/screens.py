@@ -1,4 +1,4 @@
-"""Pictures of the page, made by a real browser: every tab, light, dark and on a phone.
+"""Pictures of the page, made by a real browser: every tab and the drawer, light, dark and on a phone.
 
     python -m seguncert.apps.screens OUT [PHOTO]
 
@@ -25,7 +25,9 @@ def shoot(out: Path, photo: Path | None = None) -> list[Path]:
 
     out.mkdir(parents=True, exist_ok=True)
     name = "street" if photo else "nuclei"
-    photo = photo or write_samples(out / "pictures")["nuclei"] / "drawn-out-of-focus.png"
+    samples = write_samples(out / "pictures")[name]
+    photo = photo or samples / "drawn-out-of-focus.png"
+    several = [str(photo), *(str(file) for file in sorted(samples.iterdir()) if file.name != photo.name)]
     blocks, address = launch([name], port=None, wait=False)
     made = []
     with sync_playwright() as playwright:
@@ -42,12 +44,18 @@ def shoot(out: Path, photo: Path | None = None) -> list[Path]:
             _read_a_doubtful_pixel(tab)
             made.append(_picture(tab, out / f"page-{look}.jpg"))
             tab.get_by_role("tab", name="Folder").click()
-            tab.set_input_files("#files input[type=file]", str(photo))
+            tab.set_input_files("#files input[type=file]", several)
             tab.wait_for_timeout(800)
             tab.click("#folder-run")
             tab.wait_for_selector(".gal[data-state=ready]", timeout=120_000)
             made.append(_picture(tab, out / f"folder-{look}.jpg"))
+            tab.get_by_role("tab", name="Select").click()
+            tab.fill("#select-budget input", "2")
+            tab.click("#select-run")
+            tab.frame_locator("#select-shown iframe").get_by_role("heading", level=1).wait_for(timeout=120_000)
+            made.append(_picture(tab, out / f"select-{look}.jpg"))
             tab.get_by_role("tab", name="Calibration").click()
+            tab.get_by_text("What do these maps mean").click()
             made.append(_picture(tab, out / f"calibration-{look}.jpg"))
         browser.close()
     blocks.close()
