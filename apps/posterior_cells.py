@@ -54,7 +54,7 @@ BANDS = {
 }  # of the true entropy, as shares of ln C
 LEAST = float(np.log(np.finfo(np.float32).tiny))  # what a probability counts as that float32 rounds to 0
 STEP = 8  # of 255, of the adversary
-SHIFT = (100, -100, 100)  # of 255, what makes colours that no scene gives
+SHIFT = (100, -100, 100)  # of 255, what makes colours that scenes hardly ever give
 TEST_SEED, FIT_SEED = 10_000_019, 20_000_003
 
 
@@ -69,7 +69,7 @@ class Cell:
     members: int = 3
     test: int = 60  # pictures judged
     fit: int = 60  # pictures to calibrate on
-    odd: bool = False  # whether inputs that the scene never gives are shown too
+    odd: bool = False  # whether inputs that the scene hardly ever gives are shown too
     raters: int = 0  # of each picture to train on; 0: the scene's own labels, −1: its exact posterior
 
     @property
@@ -290,7 +290,7 @@ def write_pictures(name: str, number: int, out: Path, swapped: bool = False) -> 
 def _odd_rows(
     cell: Cell, models: Sequence[Model], images: UInt8[np.ndarray, "N H W 3"], truths: Sequence[np.ndarray]
 ) -> Iterator[dict[str, Any]]:
-    """Which map tells pixels that the scene never gives from its own; and what small steps against the first net do.
+    """Which map tells pixels that the scene hardly ever gives from its own; and what small steps against the first net do.
 
     The exact posterior of a picture that an adversary changed is known too: there predictions are judged as ever.
     """
@@ -323,7 +323,7 @@ def noise(shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W 3"]:
 
 
 def unseen(images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
-    """The pictures in colours that no class has: `SHIFT` is added."""
+    """The pictures in colours that hardly any pixel of the scene has: `SHIFT` is added."""
     return np.clip(images.astype(np.int64) + np.array(SHIFT), 0, 255).astype(np.uint8)
 
 

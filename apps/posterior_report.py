@@ -198,7 +198,7 @@ def believe(plan: Plan, rows: Sequence[Row]) -> list[Table]:
               "noise", "unseen colours"]  # fmt: skip
     return [
         ("The best map of each way, and its AUROC: for pixels off by more than 0.1, by scene and training pictures; and for inputs that the"
-         f" scenes never give (mean over scenes and seeds, nets of {plan.numbers[-1]:,} pictures)", header, lines)
+         f" scenes hardly ever give (mean over scenes and seeds, nets of {plan.numbers[-1]:,} pictures)", header, lines)
     ]  # fmt: skip
 
 

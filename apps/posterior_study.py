@@ -234,7 +234,7 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
             [name, *(_change(own, method, calibration, n) for n in plan.numbers)]
             for name, method, calibration in _calibrators(own)
         ]))  # fmt: skip
-        found.append((f"{scene}, nets of {largest} pictures: inputs that the scene never gives", ["way", "input", "confidence", "which map tells them from the scene's own (AUROC)"], [
+        found.append((f"{scene}, nets of {largest} pictures: inputs that the scene hardly ever gives", ["way", "input", "confidence", "which map tells them from the scene's own (AUROC)"], [
             [method, where, span(pick(own, method=method, where=where), "mean.confidence").text(3), _tells(pick(own, method=method, where=where))]
             for where in ("noise", "unseen colours")
             for method in dict.fromkeys(row["method"] for row in usual)
