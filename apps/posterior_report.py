@@ -45,6 +45,10 @@ def write_report(curves: Path, study: Path, page: Path) -> None:
     try:
         of_curves = json.loads((curves / "curves.json").read_text())
         drawn = {name: Markup((curves / f"{name}.svg").read_text()) for name in ("equal", "nested", "sparse", "doubt")}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{curves / 'curves.json'}: expected what `seguncert posterior curves` wrote. Received: {error}"
+        ) from None
     except OSError as error:
         raise ValueError(
             f"{error.filename}: expected what `seguncert posterior curves` wrote. Received: {error.strerror}"

@@ -222,6 +222,18 @@ def test_the_page_holds_figures_commands_and_nothing_from_elsewhere(study, tmp_p
     assert not re.search(r"\bnan\b", page)
 
 
+def test_damaged_results_are_named(study, tmp_path):
+    out, _, _ = study
+    for content in ("{broken", "[]", "{}"):
+        (tmp_path / "study.json").write_text(content)
+        status, _, errors = call("posterior", "report", tmp_path, tmp_path, tmp_path / "page.html")
+        assert status == 2 and len(errors.strip().splitlines()) == 1
+        assert f"{tmp_path / 'study.json'}: expected what `seguncert posterior study` wrote" in errors
+    (tmp_path / "curves.json").write_text("{broken")
+    status, _, errors = call("posterior", "report", tmp_path, out, tmp_path / "page.html")
+    assert status == 2 and f"{tmp_path / 'curves.json'}: expected what `seguncert posterior curves` wrote" in errors
+
+
 def test_a_page_trains_no_net(study, tmp_path):
     out, plan, _ = study
     (tmp_path / "study.json").write_text((out / "study.json").read_text())
