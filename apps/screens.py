@@ -45,7 +45,7 @@ def shoot(out: Path, photo: Path | None = None) -> list[Path]:
             made.append(_picture(tab, out / f"page-{look}.jpg"))
             tab.get_by_role("tab", name="Folder").click()
             tab.set_input_files("#files input[type=file]", several)
-            tab.wait_for_timeout(800)
+            tab.locator("#files td.filename").nth(len(several) - 1).wait_for()
             tab.click("#folder-run")
             tab.wait_for_selector(".gal[data-state=ready]", timeout=120_000)
             made.append(_picture(tab, out / f"folder-{look}.jpg"))
