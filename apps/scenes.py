@@ -13,6 +13,9 @@ pictures. Pixels to fit on are drawn from all pictures, one in twenty at most; j
 logits are held in memory: 12 MB a picture of `street`. Where fiducio is installed its calibrators are fitted on the same
 pixels and judged by the same code, see `seguncert.apps.fiducio_kinds`; the best of them is named after the fact.
 
+The last row is no calibrator but a bound: each picture softened by the temperature that fits its own labels best. What it
+leaves of the ECE of a picture, no single number for a picture can take away.
+
 --write fits auto on all scenes and puts calibration-METHOD.json into the model's folder.
 """
 
@@ -36,7 +39,7 @@ from torch import Tensor
 
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.calibrating import draw
-from seguncert.calibration import FEATURES, Calibration, Calibrator, both_rows
+from seguncert.calibration import FEATURES, Calibration, CalibrationError, Calibrator, both_rows
 from seguncert.clusters import find_clusters
 from seguncert.evaluation import in_order
 from seguncert.fitting import Candidate, Pixels, choose, fit
@@ -48,6 +51,7 @@ from seguncert.model import Model, load_model
 from seguncert.run import Settings, predict_photo
 from seguncert.scores import boundary_band
 
+ORACLE = "each photo's own temperature"
 KINDS = ("none", "temperature", "vector", "class-conditional", "isotonic", "local", "neighbourhood", "auto")
 FIGURES = {
     "NLL / nat": "nll", "ECE": "ece", "ECE of a picture": "ece_image_mean", "class-wise ECE": "ece_classwise",
@@ -88,10 +92,10 @@ def main(
 ) -> None:
     """Measure, print, write."""
     net = load_model(model)
-    pictures = _pictures(net, images, labels, [load_model(each) for each in left_out])
+    pictures = _pictures(net, images, labels, [load_model(each) for each in left_out], without or [])
     if more_images and more_labels:
-        pictures += [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in find_pairs(more_images, more_labels)]
-    pictures = [picture for picture in pictures if picture.scene not in (without or [])]
+        more = [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in find_pairs(more_images, more_labels)]
+        pictures += [picture for picture in more if picture.scene not in (without or [])]
     console = Console(width=320)
     for name in method or ["none", "mc-dropout"]:
         drawn = {"samples": samples} if "mc-dropout" in name else {}
@@ -118,12 +122,15 @@ def _scene(image: Path) -> str:
     return image.stem.split("_")[0]
 
 
-def _pictures(net: Model, images: Path, labels: Path, left_out: list[Model]) -> list[Picture]:
+def _pictures(net: Model, images: Path, labels: Path, left_out: list[Model], leave: list[str]) -> list[Picture]:
+    """Of all scenes but those to leave, each with the net that was trained without its scene."""
     without = {scene: each for each in left_out for scene in (each.card.get("recipe") or {}).get("leave_out") or []}
     if any(each.classes != net.classes for each in left_out):
         raise ValueError(f"left-out: expected nets of the classes of {net.name}. Received: others")
     found = []
     for image, label in find_pairs(images, labels):
+        if _scene(image) in leave:
+            continue
         if _scene(image) not in without:
             raise ValueError(
                 f"left-out: expected a net trained without {_scene(image)}. Received: ones without"
@@ -187,12 +194,14 @@ def judge(pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]]) -> tuple
         shown = track(fits, f"fiducio, {scene} held out", len(theirs), console=Console(stderr=True), disable=not theirs)
         for kind, each in zip(theirs, shown, strict=True):
             fitted[kind, scene] = each
+    fitted |= {(ORACLE, name): _own(pixels, name) for name in logits}
     judged = []
-    for kind in track([*KINDS, *theirs], "judging", console=Console(stderr=True)):
+    for kind in track([*KINDS, *theirs, ORACLE], "judging", console=Console(stderr=True)):
         pooled, changed = Evaluation.empty(C, ignore_index=IGNORED, maps={}), 0
         of_scene = {scene: Evaluation.empty(C, ignore_index=IGNORED, maps={}) for scene in scenes}
         scene_of = {name: name.split("/")[0] for name in logits}
-        sums = (partial(_sums, pooled, fitted.get((kind, scene_of[name])), *each) for name, each in logits.items())
+        known_by = scene_of if kind != ORACLE else {name: name for name in logits}
+        sums = (partial(_sums, pooled, fitted.get((kind, known_by[name])), *each) for name, each in logits.items())
         for name, (image, off) in zip(logits, in_order(sums, available_cores()), strict=True):
             changed += off
             for evaluation in (pooled, of_scene[scene_of[name]]):
@@ -201,6 +210,14 @@ def judge(pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]]) -> tuple
     by_nll = sorted((each.pooled.compute()["nll"], each.kind) for each in judged if each.kind in theirs)
     notes += [f"fiducio's best: {by_nll[0][1].removeprefix('fiducio ')}" if by_nll else MISSING]
     return judged, notes
+
+
+def _own(pixels: Pixels, picture: str) -> Calibrator | None:
+    """The temperature that a picture's own labels ask for; None where there is none, as where all are right."""
+    try:
+        return fit("temperature", pixels.only(lambda each: each.picture == picture))
+    except CalibrationError:
+        return None
 
 
 def _sums(

@@ -20,11 +20,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 BAND = 1 << 18  # values that are squared at once, so that they stay in cache
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Unlike torch's they take no room until they are written to: the pass before the first sample can have it."""
+    return torch.from_numpy(np.zeros(shape, np.float32))
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Moments:
     @classmethod
     def empty(cls, C: int, H: int, W: int) -> Moments:
         """Moments of no sample."""
-        return cls(torch.zeros(C, H, W), torch.zeros(C, H, W), torch.zeros(H, W))
+        return cls(_zeros(C, H, W), _zeros(C, H, W), _zeros(H, W))
 
     def update(self, logits_SCHW: Float[Tensor, "S C H W"]) -> None:
         """Add samples. This is the plain reference; `seguncert.fused` does the same in one pass through the cache.

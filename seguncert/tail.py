@@ -154,7 +154,7 @@ class UpToDropout(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """The features that the dropout is given."""
         session = Session(self.plan)
-        session.begin(None, stop=True)
+        session.begin(None, full=True, stop=True)  # nothing is kept: there is no second pass
         try:
             with in_session(session):
                 self.net(value)

@@ -9,8 +9,9 @@ sampled   photo in, moments of all samples at its own size out, on torch in fp32
 fastest   the same on the backend that `auto` takes (OpenVINO, if it is installed)
 full      the same by full passes and the plain sums, for comparison (--full)
 --agree   instead: how far the confidence of `street` on each engine is from torch in fp32, on a folder of photos
-memory    growth of the process's peak while it runs, MiB: forward, sampled, and with ten times as many samples; once with
-          what the process holds from the runs before, and once after that was given back to the system
+memory    growth of the process's peak while it runs, MiB: forward, sampled, and with ten times as many samples; with what the
+          process holds from the runs before, after that was given back to the system, and, after all times were taken, with
+          an allocator that gives back at once what is freed, so that only what is in use counts: this one repeats
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from seguncert.predict import net_input, on_backend, predict_logits
 from seguncert.prefix import Session, in_session
 from seguncert.sampling import DropoutSampler
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 CLASSES = [str(c) for c in range(11)]
 
 
@@ -83,6 +85,18 @@ def growth(function: Callable[[], object], trim: bool) -> float:
 def status(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+@torch.inference_mode()
+def measure_memory(name: str, model: Model, rgb: np.ndarray, samples: int) -> None:
+    plain, module, sampler = net_input(model, rgb).contiguous(), model.module.eval(), DropoutSampler(model)
+    runs = [
+        lambda: module(plain),
+        *(lambda n=n: sampler.moments(rgb, n, scale="native") for n in (samples, 10 * samples)),
+    ]
+    for run in runs:
+        run()
+    print(f"{name:26} memory in use {'/'.join(f'{growth(run, True):.0f}' for run in runs)} MiB", flush=True)
 
 
 @torch.inference_mode()
@@ -167,14 +181,18 @@ def main() -> None:
     print(
         f"{options.samples} samples, {options.width}x{options.height}, 11 classes, {torch.get_num_threads()} threads, {options.rounds} rounds"
     )
+    models: dict[str, Model] = {}
     for name in options.net or NETS:
         torch.manual_seed(0)
         try:
-            model = NETS[name]()
+            models[name] = NETS[name]()
         except ImportError as error:
             print(f"{name}: not measured, {error.name} is not installed", file=sys.stderr)
-            continue
+    for name, model in models.items():
         measure(name, model, rgb, options.samples, options.rounds, options.full)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    for name, model in models.items():
+        measure_memory(name, model, rgb, options.samples)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""fiducio's calibrators get the pixels that ours get, and are judged by the same code; with a stand-in, and with the real one."""
+"""The table of scenes: fiducio's calibrators, a stand-in and the real ones, get what ours get; and the bound below all of them."""
 
 import math
 import sys
@@ -7,10 +7,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
-from seguncert.apps.scenes import judge
+from seguncert.apps.scenes import ORACLE, judge
 from seguncert.calibrating import draw
 from seguncert.calibration import FEATURES
 from seguncert.evaluation import in_order
@@ -90,6 +91,36 @@ def test_the_table_judges_theirs_as_ours(seen, stand_in):
         assert sum(e.compute()["pixels"] for e in each.of_scene.values()) == each.pooled.compute()["pixels"] == len(y)
         assert (each.changed > 0) == (each.kind == "vector")
     assert notes[-1] == "fiducio's best: temperature_scaling"
+
+
+def test_the_bound_is_the_best_temperature_of_each_photo(seen):
+    pixels, logits = seen
+    judged, _ = judge(pixels, logits)
+    kinds = [each.kind for each in judged]
+    found = dict(zip(kinds, (each.pooled.compute() for each in judged), strict=True))[ORACLE]
+    total, count = 0.0, 0
+    for z, y in logits.values():
+        z, y = z.numpy().astype(float)[:, y != 255], y[y != 255][None].astype(int)
+        best = minimize_scalar(lambda beta, z=z, y=y: -np.take_along_axis(log_softmax(beta * z, axis=0), y, 0).sum())
+        total, count = total + best.fun, count + y.size
+    assert kinds[-1] == ORACLE and found["nll"] == pytest.approx(total / count, rel=2e-3), (
+        "fitted on every second pixel"
+    )
+    assert found["nll"] >= total / count * (1 - 1e-6)
+
+
+def test_a_photo_that_is_all_right_has_no_temperature():
+    pixels, logits = Pixels(2, tuple(FEATURES), None, run=1), {}
+    z = torch.tensor([[[5.0, 4, 3, 2]] * 4, [[0.0] * 4] * 4])
+    for scene in ("dawn", "day", "night"):
+        for k in range(2):
+            name, y = f"{scene}/{k}.png", np.zeros((4, 4), np.uint8)
+            y[0, :k] = 1  # of the first photo no pixel is wrong
+            logits[name] = z, y
+            pixels.add(draw(pixels, z, [y], name, scene))
+    judged, _ = judge(pixels, logits)
+    none, own = judged[0].pooled.compute(), judged[-1].pooled.compute()
+    assert judged[-1].kind == ORACLE and 0 < own["nll"] < none["nll"]
 
 
 def test_without_fiducio_a_line_says_how_to_get_it(seen, monkeypatch):
