@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from seguncert.calibration import floored
+from seguncert.calibrators import floored
 from seguncert.fitting import Drawn, Pixels
 
 OURS, EARLY = "fiducio ", ", early"  # around its own name of a kind
@@ -31,7 +31,7 @@ MISSING = "fiducio: not judged, it is not installed. Get it by pip install fiduc
 
 @dataclass(frozen=True)
 class Theirs:
-    """One that fiducio has fitted, as a `seguncert.calibration.Calibrator`."""
+    """One that fiducio has fitted, as a `seguncert.calibrators.Calibrator`."""
 
     kind: str
     fitted: Any

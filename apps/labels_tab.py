@@ -15,7 +15,7 @@ from seguncert.apps.place import gr
 from seguncert.apps.sessions import Session
 from seguncert.apps.uploads import files_input, unpack
 from seguncert.calibrating import Calibrated, calibrate, table_of
-from seguncert.calibration import KINDS
+from seguncert.calibrators import KINDS
 from seguncert.evaluation import evaluate
 from seguncert.figures import Diagram, reliability
 from seguncert.scores import Reliability

@@ -26,7 +26,8 @@ from torch import Tensor
 from seguncert.apps.scene_folder import write_scene
 from seguncert.apps.scene_nets import SceneRecipe, as_model, build, net_input, train_net
 from seguncert.calibrating import calibrate
-from seguncert.calibration import KINDS, Calibration, CalibrationError, Scaling
+from seguncert.calibration import Calibration, CalibrationError
+from seguncert.calibrators import KINDS, Scaling
 from seguncert.detection import RIGHT, WRONG, Detection
 from seguncert.hidden import HiddenObject
 from seguncert.maps import MAPS

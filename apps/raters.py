@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seguncert.calibrating import draw
-from seguncert.calibration import FEATURES
+from seguncert.calibrators import FEATURES
 from seguncert.fitting import Pixels, compare, fit
 from seguncert.image import read_image
 from seguncert.labels import find_pairs, read_label

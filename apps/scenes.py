@@ -39,7 +39,8 @@ from torch import Tensor
 
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.calibrating import draw
-from seguncert.calibration import FEATURES, Calibration, CalibrationError, Calibrator, both_rows
+from seguncert.calibration import Calibration, CalibrationError
+from seguncert.calibrators import FEATURES, Calibrator, both_rows
 from seguncert.clusters import find_clusters
 from seguncert.evaluation import in_order
 from seguncert.fitting import Candidate, Pixels, choose, fit

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt16
 
-from seguncert.calibration import bands, calibrated_rows
+from seguncert.calibrators import bands, calibrated_rows
 from seguncert.maps import MAPS, OF_SETS
 from seguncert.render import PNG16_SETTINGS, doubt_ramp, doubt_tables, encode_jpeg, thumbnail
 from seguncert.run import Result, legend_note

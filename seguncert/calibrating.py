@@ -17,16 +17,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
-from seguncert.calibration import (
-    FEATURES,
-    KINDS,
-    OF_SURROUNDINGS,
-    WINDOWS,
-    Calibration,
-    CalibrationError,
-    pixel_features,
-    surroundings,
-)
+from seguncert.calibration import Calibration, CalibrationError
+from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, WINDOWS, pixel_features, surroundings
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
@@ -97,7 +89,7 @@ def calibrate(
     Args:
         labels: folder of 8- or 16-bit PNG of class indices, each of its image's relative path without suffix.
         ignore_index: label of pixels that do not count; None declares that there are none.
-        calibrator: one of `seguncert.calibration.KINDS`, or auto: what predicts held-out images best, see
+        calibrator: one of `seguncert.calibrators.KINDS`, or auto: what predicts held-out images best, see
             `seguncert.fitting.choose`.
         raters: more folders of labels of the same images; what is fitted is the distribution of what the raters say.
         left_out: folders of nets that `seguncert.apps.train --leave-out SEQUENCE` made: on images of that sequence (their

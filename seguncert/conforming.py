@@ -17,7 +17,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from seguncert.batch import Spec, load_models
-from seguncert.calibration import Calibration, Calibrator, calibrated_rows, find_calibration
+from seguncert.calibration import Calibration, find_calibration
+from seguncert.calibrators import Calibrator, calibrated_rows
 from seguncert.conformal import Aim, ImageLosses, Losses, Sizes, check_enough
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores

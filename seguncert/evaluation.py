@@ -20,7 +20,8 @@ from torch import Tensor
 
 from seguncert import maps as maps_
 from seguncert.batch import Spec, list_images, load_models, sequences
-from seguncert.calibration import Calibration, Calibrator, both_rows, find_calibration
+from seguncert.calibration import Calibration, find_calibration
+from seguncert.calibrators import Calibrator, both_rows
 from seguncert.clusters import find_clusters
 from seguncert.corruptions import check_names
 from seguncert.findings import check_out, write_findings

@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
-from seguncert.calibration import (
+from seguncert.calibration import CalibrationError
+from seguncert.calibrators import (
     FAINTEST,
     KINDS,
     WINDOWS,
-    CalibrationError,
     Calibrator,
     Curve,
     Neighbourhood,

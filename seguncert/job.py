@@ -25,7 +25,8 @@ import torch
 
 from seguncert import maps as maps_
 from seguncert import render
-from seguncert.calibration import Calibration, Calibrator
+from seguncert.calibration import Calibration
+from seguncert.calibrators import Calibrator
 from seguncert.conformal import ConformalSets
 from seguncert.embedding import Embedder, encode
 from seguncert.image import LARGE, MAX_BYTES, ImageError, Photo, read_image

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 
 from seguncert import maps as maps_
-from seguncert.calibration import Band, Calibration, Calibrator, bands, calibrated_rows, find_calibration
+from seguncert.calibration import Calibration, find_calibration
+from seguncert.calibrators import Band, Calibrator, bands, calibrated_rows
 from seguncert.conformal import ConformalSets
 from seguncert.image import ImageError, Photo, read_image
 from seguncert.legend import overlay_picture
@@ -45,7 +46,7 @@ class Result:
         maps: name -> (H, W) float32 in [0, 1]; see `seguncert.maps` for formulas.
         logits: of the predictive distribution before calibration: those of one pass, at the net's scale, or ln p̄ of
             the samples.
-        calibration: what was done to the net's own softmax, "none" if nothing; see `seguncert.calibration`.
+        calibration: what was done to the net's own softmax, "none" if nothing; see `seguncert.calibrators`.
         moments: of the samples, where there are any; `moments.n` is their number.
         errors: name -> (H, W) float32, Monte-Carlo standard error of a map, in the map's own unit of full scale: what
             another number of samples, or another seed, would change. For `samples="auto"` of every map, else of the confidence.

@@ -9,19 +9,16 @@ import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, softmax
 
-from seguncert.calibration import (
+from seguncert.calibration import Calibration, CalibrationError, find_calibration, load_calibration
+from seguncert.calibrators import (
     HAIR,
     LEAST_DOUBT,
-    Calibration,
-    CalibrationError,
     Curve,
     Neighbourhood,
     Remap,
     Scaling,
     Vector,
     calibrated_rows,
-    find_calibration,
-    load_calibration,
     pixel_features,
     surroundings,
 )

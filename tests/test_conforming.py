@@ -15,7 +15,8 @@ from scipy.special import softmax
 
 from seguncert import cli_fit, image, job, tiles
 from seguncert.batch import export
-from seguncert.calibration import Calibration, Scaling, load_calibration
+from seguncert.calibration import Calibration, load_calibration
+from seguncert.calibrators import Scaling
 from seguncert.conforming import conform, table_of
 from seguncert.evaluation import evaluate
 from seguncert.image import read_image

@@ -12,7 +12,8 @@ from scipy.special import log_softmax, softmax
 from sklearn.isotonic import IsotonicRegression
 
 from seguncert import fitting
-from seguncert.calibration import FEATURES, KINDS, CalibrationError, Scaling
+from seguncert.calibration import CalibrationError
+from seguncert.calibrators import FEATURES, KINDS, Scaling
 from seguncert.fitting import BINS, HARM, MOST, RIDGE, Drawn, Pixels, choose, compare, fit, folds_of
 
 NAMES = ("picture", "entropy 31", "agreement 41")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from seguncert.calibration import Calibration, Scaling
+from seguncert.calibration import Calibration
+from seguncert.calibrators import Scaling
 from seguncert.evaluation import evaluate
 from seguncert.image import read_image
 from seguncert.model import load_model

@@ -13,7 +13,7 @@ from scipy.special import log_softmax, softmax
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.apps.scenes import ORACLE, judge
 from seguncert.calibrating import draw
-from seguncert.calibration import FEATURES
+from seguncert.calibrators import FEATURES
 from seguncert.evaluation import in_order
 from seguncert.fitting import Pixels, fit
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from seguncert.calibration import Calibration, Scaling
+from seguncert.calibration import Calibration
+from seguncert.calibrators import Scaling
 from seguncert.conformal import Aim, ConformalSets
 from seguncert.sets import FittedSets, find_sets, known_by, load_sets
 
