@@ -13,8 +13,8 @@ pictures. Pixels to fit on are drawn from all pictures, one in twenty at most; j
 logits are held in memory: 12 MB a picture of `street`. Where fiducio is installed its calibrators are fitted on the same
 pixels and judged by the same code, see `seguncert.apps.fiducio_kinds`; the best of them is named after the fact.
 
-The last row is no calibrator but a bound: each picture softened by the temperature that fits its own labels best. What it
-leaves of the ECE of a picture, no single number for a picture can take away.
+The last row is no calibrator but a mark to measure by: each picture softened by the temperature that fits its own labels
+best, in NLL. Whoever softens pictures as a whole, by whatever tells which of them are strange, can hardly do better.
 
 --write fits auto on all scenes and puts calibration-METHOD.json into the model's folder.
 """

@@ -1,4 +1,4 @@
-"""The table of scenes: fiducio's calibrators, a stand-in and the real ones, get what ours get; and the bound below all of them."""
+"""The table of scenes: fiducio's calibrators, a stand-in and the real ones, get what ours get; and the mark to measure them by."""
 
 import math
 import sys
@@ -93,7 +93,7 @@ def test_the_table_judges_theirs_as_ours(seen, stand_in):
     assert notes[-1] == "fiducio's best: temperature_scaling"
 
 
-def test_the_bound_is_the_best_temperature_of_each_photo(seen):
+def test_the_mark_is_the_best_temperature_of_each_photo(seen):
     pixels, logits = seen
     judged, _ = judge(pixels, logits)
     kinds = [each.kind for each in judged]
