@@ -23,19 +23,21 @@ from seguncert.apps.place import EXAMPLES, PLACE, clean, gr
 from seguncert.apps.samples import write_samples
 from seguncert.apps.select_tab import select_tab
 from seguncert.apps.sessions import Forgotten, Sessions
-from seguncert.apps.sight import SAMPLES, Sight, settings, with_sets
+from seguncert.apps.sight import SAMPLES, Sight, settings, takes_samples, with_sets
 from seguncert.apps.uploads import photo_input
 from seguncert.image import read_image
 from seguncert.maps import OF_SAMPLES, OF_SOFTMAX
 from seguncert.model import Model, bundled_names, load_model
 from seguncert.run import analyse
 from seguncert.sheets import give_back
+from seguncert.stochastic import stochastic_heads
 
 METHODS = {
     "One pass": "none",
     "MC dropout": "mc-dropout",
     "Flips and scales": "tta",
     "MC dropout + flips and scales": "mc-dropout+tta",
+    "Whole masks of its stochastic head": "stochastic-head",
     "Ensemble of the models": "ensemble",
 }
 WAITING = 32  # requests at most in the queue; more are told that the page is busy
@@ -70,10 +72,14 @@ class Page:
 
     @property
     def methods(self) -> list[tuple[str, str]]:
-        """Those that can be chosen: an ensemble only where two models have the same classes."""
-        classes = [_model(name).classes for name in self.names]
-        several = any(classes.count(each) > 1 for each in classes)
-        return [(title, method) for title, method in METHODS.items() if method != "ensemble" or several]
+        """Those that can be chosen: an ensemble only of two models of the same classes, a stochastic head only where one is."""
+        nets = [_model(name) for name in self.names]
+        classes, missing = [net.classes for net in nets], set()
+        if all(classes.count(each) == 1 for each in classes):
+            missing.add("ensemble")
+        if not any(stochastic_heads(net.module) for net in nets):
+            missing.add("stochastic-head")
+        return [(title, method) for title, method in METHODS.items() if method not in missing]
 
     def look(
         self, photo: str | None, model: str, method: str, samples: int, calibrated: bool, secret: str | None,
@@ -90,7 +96,7 @@ class Page:
 
                 def tell(done: int, wanted: int) -> bool:
                     if progress is not None:
-                        progress((done, wanted), unit="samples" if "dropout" in method else "views")
+                        progress((done, wanted), unit="samples" if takes_samples(method) else "views")
                     return not stop.is_set()
 
                 read = read_image(photo, max_pixels=MOST_PIXELS)
@@ -211,7 +217,7 @@ def _image_tab(page: Page) -> None:
     for run in (drawn, chosen.success(draw, inputs, viewer, trigger_mode="always_last", **shown)):
         run.failure(lambda: None, None, viewer, api_visibility="private", queue=False)  # not the photo before
     method.change(
-        lambda chosen: (gr.update(visible="dropout" in chosen), gr.update(visible=chosen != "none")),
+        lambda chosen: (gr.update(visible=takes_samples(chosen)), gr.update(visible=chosen != "none")),
         method, [samples, stop], api_visibility="private", queue=False,
     )  # fmt: skip
     stop.click(page.stopper("photo"), None, None, api_visibility="private", queue=False)

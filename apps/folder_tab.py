@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from seguncert.apps.place import gr
 from seguncert.apps.sessions import Session
-from seguncert.apps.sight import SAMPLES, settings, told
+from seguncert.apps.sight import SAMPLES, settings, takes_samples, told
 from seguncert.apps.uploads import files_input, unpack
 from seguncert.batch import export
 from seguncert.image import read_image
@@ -129,5 +129,5 @@ def folder_tab(page: Page, file: Callable[[str], str]) -> None:
     go.click(run, inputs, [gallery, download], api_name="folder", concurrency_id="folder", show_progress="full")
     stop.click(page.stopper("folder"), None, None, api_visibility="private", queue=False)
     method.change(
-        lambda chosen: gr.update(visible="dropout" in chosen), method, samples, api_visibility="private", queue=False
+        lambda chosen: gr.update(visible=takes_samples(chosen)), method, samples, api_visibility="private", queue=False
     )

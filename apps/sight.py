@@ -33,10 +33,15 @@ LIKELY = 0.05  # a class below is not worth a word
 DATA_DOUBT, MODEL_DOUBT = 0.2, 0.5  # mutual information as a share of the entropy: below, above
 
 
+def takes_samples(method: str) -> bool:
+    """Whether a method draws samples, as many as are asked for."""
+    return any(part in ("mc-dropout", "stochastic-head") for part in method.split("+"))
+
+
 def settings(method: str, samples: Any, calibrated: bool) -> dict[str, Any]:
     """Arguments of `analyse` and `export` for what can be chosen on the page; ValueError for too many samples."""
     chosen: dict[str, Any] = {"method": method, "calibration": "auto" if calibrated else "none"}
-    if "mc-dropout" not in method:
+    if not takes_samples(method):
         return chosen
     if not isinstance(samples, (int, float)) or not SAMPLES[0] <= samples <= SAMPLES[1]:
         raise ValueError(f"samples: expected {SAMPLES[0]} to {SAMPLES[1]}. Received: {samples!r}")

@@ -455,6 +455,23 @@ def saved(folder, rank=4):
     return net.eval()
 
 
+def test_the_page_offers_it_where_a_net_has_one(tmp_path, photo):
+    from seguncert.apps.app import Page  # slow: gradio
+
+    saved(tmp_path / "model")
+    name, file = str(tmp_path / "model"), tmp_path / "photo.png"
+    cv2.imwrite(str(file), photo[..., ::-1])
+    page = Page([name])
+    assert "stochastic-head" in dict(page.methods).values()
+    assert "stochastic-head" not in dict(Page(["street"]).methods).values()
+    seen = page.look(str(file), name, "stochastic-head", 3, False, "a visitor").result
+    expected = seguncert.analyse(seguncert.load_model(name), photo, method="stochastic-head", samples=3)
+    assert seen.moments.n == 3
+    torch.testing.assert_close(seen.moments.mean_CHW, expected.moments.mean_CHW, rtol=0, atol=1e-6)
+    with pytest.raises(Exception, match="street: stochastic-head samples the distribution .*, or use another method"):
+        page.look(str(file), "street", "stochastic-head", 3, False, "a visitor")
+
+
 def test_a_model_folder_keeps_it(tmp_path, photo):
     net = saved(tmp_path / "model")
     card = json.loads((tmp_path / "model/card.json").read_text())

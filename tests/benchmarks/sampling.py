@@ -10,14 +10,16 @@ fastest   the same on the backend that `auto` takes (OpenVINO, if it is installe
 full      the same by full passes and the plain sums, for comparison (--full)
 --agree   instead: how far the confidence of `street` on each engine is from torch in fp32, on a folder of photos
 memory    growth of the process's peak while it runs, MiB: forward, sampled, and with ten times as many samples; with what the
-          process holds from the runs before, after that was given back to the system, and, after all times were taken, with
-          an allocator that gives back at once what is freed, so that only what is in use counts: this one repeats
+          process holds from the runs before; after that was given back to the system; and in use, which repeats: in a process
+          of its own, whose allocator gives back at once what is freed
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +42,6 @@ from seguncert.predict import net_input, on_backend, predict_logits
 from seguncert.prefix import Session, in_session
 from seguncert.sampling import DropoutSampler
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
 CLASSES = [str(c) for c in range(11)]
 
 
@@ -172,15 +173,13 @@ def main() -> None:
     parser.add_argument("--net", action="append", choices=NETS)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--agree", type=Path)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.agree:
         agree(options.agree)
         return
     coarse = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     rgb = cv2.resize(coarse, (options.width, options.height), interpolation=cv2.INTER_CUBIC)
-    print(
-        f"{options.samples} samples, {options.width}x{options.height}, 11 classes, {torch.get_num_threads()} threads, {options.rounds} rounds"
-    )
     models: dict[str, Model] = {}
     for name in options.net or NETS:
         torch.manual_seed(0)
@@ -188,11 +187,19 @@ def main() -> None:
             models[name] = NETS[name]()
         except ImportError as error:
             print(f"{name}: not measured, {error.name} is not installed", file=sys.stderr)
+    if options.memory:
+        for name, model in models.items():
+            measure_memory(name, model, rgb, options.samples)
+        return
+    print(
+        f"{options.samples} samples, {options.width}x{options.height}, 11 classes, {torch.get_num_threads()} threads, {options.rounds} rounds"
+    )
     for name, model in models.items():
         measure(name, model, rgb, options.samples, options.rounds, options.full)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
-    for name, model in models.items():
-        measure_memory(name, model, rgb, options.samples)
+    for name in models:  # each in a process of its own, where freed memory goes back at once
+        size = f"--height={options.height}", f"--width={options.width}", f"--samples={options.samples}"
+        command = [sys.executable, __file__, f"--net={name}", "--memory", *size]
+        subprocess.run(command, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}, check=True)
 
 
 if __name__ == "__main__":
