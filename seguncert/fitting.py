@@ -404,8 +404,8 @@ def _rising(count: np.ndarray, forecast: np.ndarray, hit: np.ndarray) -> tuple[n
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kind of calibrator, judged on pictures that it was not fitted on: NLL in nats, and the gain over none or one
-    temperature, with an interval; `worst` is the largest loss of a fold, as a share of its NLL; one kind is chosen."""
+    """A kind of calibrator, judged on pictures that it was not fitted on: NLL in nats, and the gain over the one before it
+    in the order of `choose`, with an interval; `worst` is the largest loss of a fold, as a share of its NLL."""
 
     kind: str
     nll: float
@@ -417,11 +417,10 @@ class Candidate:
 
 
 def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector", "local", "neighbourhood")) -> tuple[str, list[Candidate], dict[str, Any]]:  # fmt: skip
-    """Which kind to fit, or "none"; how each did; and how it was done: the least NLL on held-out pictures of what is sure.
+    """Which kind to fit: the best by NLL on held-out pictures, if that is sure. "none", how each did, and how it was done.
 
-    The pictures are folded by sequence. A kind is sure if the 95 % interval of its gain over blocks of pictures does not
-    reach 0, and no fold gets worse by more than `HARM`. One temperature is compared with none, every other kind with what
-    of these two is taken, and none that has a larger NLL than one temperature is taken at all.
+    The pictures are folded by sequence. One temperature must beat none; every other kind must beat the best so far: the
+    95 % interval of the gain over blocks of pictures must not reach 0, and no fold may get worse by more than `HARM`.
     With one sequence only the folds are blocks of consecutive pictures, and more than one temperature is not
     tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %). A kind whose fit fails on
     some pictures is not taken; `not_fitted` of how it was done has the reason.
@@ -445,16 +444,12 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
                     raise
                 del held[kind]  # it is out of the choice, and the others go on
                 how.setdefault("not_fitted", {})[kind] = str(error)
-    nll = {kind: _mean(of_picture) for kind, of_picture in held.items()}
-    base, sure, found = "none", ["none"], {"none": ("", 0.0, (0.0, 0.0), 0.0)}
+    best, table = "none", [Candidate("none", _mean(held["none"]), "", 0.0, (0.0, 0.0), 0.0, False)]
     for kind in (kind for kind in held if kind != "none"):
-        gain, interval, worst = compare(held[base], held[kind], clusters, folds)
-        found[kind] = base, gain, interval, worst
-        if interval[0] > 0 and worst <= HARM and nll[kind] <= nll["temperature"]:
-            sure.append(kind)
-            base = "temperature" if kind == "temperature" else base
-    best = min(sure, key=nll.__getitem__)
-    table = [Candidate(kind, nll[kind], *each, chosen=kind == best) for kind, each in found.items()]
+        gain, interval, worst = compare(held[best], held[kind], clusters, folds)
+        chosen = interval[0] > 0 and worst <= HARM
+        table.append(Candidate(kind, _mean(held[kind]), best, gain, interval, worst, chosen))
+        best = kind if chosen else best
     return best, table, how
 
 

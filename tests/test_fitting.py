@@ -430,31 +430,6 @@ def test_a_richer_kind_is_chosen_where_it_is_surely_better():
     assert choose(alike, ("class-conditional",))[0] == "temperature"
 
 
-def test_of_all_that_is_surely_better_than_a_temperature_the_best_is_taken(monkeypatch):
-    """Also where it is not surely better than the second best; and nothing that a single temperature beats on average."""
-    pixels = sample(groups=4, pictures=6, beta=0.5)
-    gains = {"none": (0, 0), "temperature": (0.10, 0.01), "vector": (0.20, 0.01), "local": (0.21, 0.06), "class-conditional": (0.3, 1.0)}  # fmt: skip
-
-    def nll(_, kind):
-        """Of each picture: better than none by a mean gain, with a spread that comes from the scene."""
-        gain, spread = gains[kind or "none"]
-        return {
-            each.picture: (len(each) * (1 - gain - spread * (int(each.group[1:]) % 2 - 0.5)), len(each))
-            for each in pixels.drawn
-        }
-
-    monkeypatch.setattr(Pixels, "nll", nll)
-    monkeypatch.setattr(fitting, "fit", lambda kind, _: kind)
-    kind, table, _ = choose(pixels, ("vector", "local", "class-conditional"))
-    assert kind == "local" and [each.kind for each in table if each.chosen] == ["local"]
-    assert [each.over for each in table] == ["", "none", "temperature", "temperature", "temperature"]
-    sure, unsure = table[3], table[4]
-    assert sure.interval[0] > 0 and unsure.gain > sure.gain and unsure.interval[0] < 0
-    gains["temperature"] = 0.4, 2.0  # not sure itself
-    kind, table, _ = choose(pixels, ("vector", "local"))
-    assert kind == "none" and not table[1].chosen and table[2].interval[0] > 0
-
-
 def test_a_kind_that_cannot_be_fitted_leaves_the_choice_to_the_others(monkeypatch):
 
     def fails(kind, pixels):
