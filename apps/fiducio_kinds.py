@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from seguncert.calibrators import floored
@@ -37,7 +37,7 @@ class Theirs:
     fitted: Any
     keeps_labels = False  # some do; the table counts
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> None:
+    def look(self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]) -> None:
         """Nothing."""
 
     def __call__(

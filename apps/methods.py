@@ -126,7 +126,7 @@ def judge(
         started = time.perf_counter()
         logits, moments, _ = predict_photo(net, sampler, rgb, settings, past)
         seconds += time.perf_counter() - started
-        found = describe_photo(logits, moments, H, W, settings.maps)[1]
+        found = describe_photo(rgb, logits, moments, settings.maps)[1]
         logits_CHW = torch.cat([band for _, band in rows_at_size(logits, H, W)], 1)
         sums = evaluation.begin()
         sums.update(logits_CHW, labels_HW, {name: found[name] for name in spread})

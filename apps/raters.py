@@ -42,10 +42,11 @@ def main(
     C, second = len(net.classes), dict(find_pairs(images, rater2))
     both, first = (Pixels(C, tuple(FEATURES), net.frame) for _ in range(2))
     for image, label in find_pairs(images, rater1):
-        logits = predict_logits(net, read_image(image).rgb)
+        rgb = read_image(image).rgb
+        logits = predict_logits(net, rgb)
         one, other = (read_label(each, C, ignore_index) for each in (label, second[image]))
-        both.add(draw(both, logits, [one, other], image.name, image.name[:group]))
-        first.add(draw(first, logits, [one], image.name, image.name[:group]))
+        both.add(draw(both, logits, rgb, [one, other], image.name, image.name[:group]))
+        first.add(draw(first, logits, rgb, [one], image.name, image.name[:group]))
     groups = {each.picture: each.group for each in both.drawn}
     console = Console(width=160)
     console.print(

@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -77,6 +78,15 @@ class Picture:
         return f"{self.scene}/{self.image.name}"
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A picture to be judged."""
+
+    logits_Chw: Float[Tensor, "C h w"]
+    photo_HW3: UInt8[np.ndarray, "H W 3"]
+    labels_HW: UInt8[np.ndarray, "H W"]
+
+
 def main(
     model: Annotated[str, typer.Argument(help="bundled model or model folder")],
     images: Annotated[Path, typer.Argument(help="that the model was trained on")],
@@ -101,15 +111,15 @@ def main(
     for name in method or ["none", "mc-dropout"]:
         drawn = {"samples": samples} if "mc-dropout" in name else {}
         settings = Settings(name, **drawn)  # type: ignore[arg-type]
-        pixels, logits = collect(pictures, settings, ignore_index, every)
+        pixels, kept = collect(pictures, settings, ignore_index, every)
         table = Table("calibrator", *FIGURES, "labels changed", "NLL less none's", *sorted({p.scene for p in pictures}))
-        judged, notes = judge(pixels, logits)
+        judged, notes = judge(pixels, kept)
         for row in _rows(judged):
             table.add_row(*row)
-        count = len({part for part in find_clusters([p.name for p in pictures if p.name in logits]).of.values()})
+        count = len({part for part in find_clusters([p.name for p in pictures if p.name in kept]).of.values()})
         console.print(
             f"\n{model}, sha256 {net.sha256[:12]}…, method {name}, {len(pictures)} pictures to fit on ({len(pixels)} pixels),"
-            f" {len(logits)} judged, in {count} clusters, boundary {BAND} px, ignore index {ignore_index}"
+            f" {len(kept)} judged, in {count} clusters, boundary {BAND} px, ignore index {ignore_index}"
         )
         console.print(table)
         for note in notes:
@@ -143,28 +153,29 @@ def _pictures(net: Model, images: Path, labels: Path, left_out: list[Model], lea
 
 def collect(
     pictures: list[Picture], settings: Settings, ignore_index: int | None, every: int
-) -> tuple[Pixels, dict[str, tuple[Tensor, np.ndarray]]]:
-    """Pixels of all pictures, and logits and labels of those to be judged; each is predicted once."""
+) -> tuple[Pixels, dict[str, Labelled]]:
+    """Pixels of all pictures, and those to be judged; each is predicted once."""
     net = pictures[0].net
     pixels = Pixels(len(net.classes), tuple(FEATURES), net.frame, most=SAMPLE)
     samplers = {
         id(each): settings.sampler([each]) if settings.method != "none" else None
         for each in {id(p.net): p.net for p in pictures}.values()
     }
-    kept = dict[str, tuple[Tensor, np.ndarray]]()
+    kept = dict[str, Labelled]()
 
     def task(picture: Picture) -> Any:
         rgb, labels_HW = read_image(picture.image).rgb, read_label(picture.label, pixels.C, ignore_index)
         logits = predict_photo(picture.net, samplers[id(picture.net)], rgb, settings)[0]
-        return draw(pixels, logits, [labels_HW], picture.name, picture.scene), logits, labels_HW
+        drawn = draw(pixels, logits, rgb, [labels_HW], picture.name, picture.scene)
+        return drawn, Labelled(logits, rgb, labels_HW)
 
     tasks = ((lambda p=picture: task(p)) for picture in pictures)
-    for number, (drawn, logits, labels_HW) in enumerate(
+    for number, (drawn, labelled) in enumerate(
         track(in_order(tasks, available_cores()), settings.method, len(pictures), console=Console(stderr=True))
     ):
         pixels.add(drawn)
         if number % every == 0:
-            kept[pictures[number].name] = logits, labels_HW
+            kept[pictures[number].name] = labelled
     return pixels, kept
 
 
@@ -178,10 +189,10 @@ class Judged:
     changed: int
 
 
-def judge(pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]]) -> tuple[list[Judged], list[str]]:
+def judge(pixels: Pixels, kept: dict[str, Labelled]) -> tuple[list[Judged], list[str]]:
     """Each kind, fitted without a scene, on that scene; what auto took, and what there is of fiducio."""
     C, scenes = pixels.C, sorted({each.group for each in pixels.drawn})
-    clusters = find_clusters(list(logits)).of
+    clusters = find_clusters(list(kept)).of
     fitted: dict[tuple[str, str], Calibrator | None] = {}
     notes, theirs = [], offered(len(scenes) - 1)
     for scene in scenes:
@@ -195,15 +206,15 @@ def judge(pixels: Pixels, logits: dict[str, tuple[Tensor, np.ndarray]]) -> tuple
         shown = track(fits, f"fiducio, {scene} held out", len(theirs), console=Console(stderr=True), disable=not theirs)
         for kind, each in zip(theirs, shown, strict=True):
             fitted[kind, scene] = each
-    fitted |= {(ORACLE, name): _own(pixels, name) for name in logits}
+    fitted |= {(ORACLE, name): _own(pixels, name) for name in kept}
     judged = []
     for kind in track([*KINDS, *theirs, ORACLE], "judging", console=Console(stderr=True)):
         pooled, changed = Evaluation.empty(C, ignore_index=IGNORED, maps={}), 0
         of_scene = {scene: Evaluation.empty(C, ignore_index=IGNORED, maps={}) for scene in scenes}
-        scene_of = {name: name.split("/")[0] for name in logits}
-        known_by = scene_of if kind != ORACLE else {name: name for name in logits}
-        sums = (partial(_sums, pooled, fitted.get((kind, known_by[name])), *each) for name, each in logits.items())
-        for name, (image, off) in zip(logits, in_order(sums, available_cores()), strict=True):
+        scene_of = {name: name.split("/")[0] for name in kept}
+        known_by = scene_of if kind != ORACLE else {name: name for name in kept}
+        sums = (partial(_sums, pooled, fitted.get((kind, known_by[name])), each) for name, each in kept.items())
+        for name, (image, off) in zip(kept, in_order(sums, available_cores()), strict=True):
             changed += off
             for evaluation in (pooled, of_scene[scene_of[name]]):
                 evaluation.add(image, cluster=clusters[name])
@@ -221,13 +232,12 @@ def _own(pixels: Pixels, picture: str) -> Calibrator | None:
         return None
 
 
-def _sums(
-    evaluation: Evaluation, calibrator: Calibrator | None, logits_Chw: Tensor, labels_HW: np.ndarray
-) -> tuple[ImageScores, int]:
+def _sums(evaluation: Evaluation, calibrator: Calibrator | None, labelled: Labelled) -> tuple[ImageScores, int]:
     """Of one picture, and how many labels the calibrator changed."""
+    labels_HW = labelled.labels_HW
     sums, changed, band_HW = evaluation.begin(), 0, boundary_band(labels_HW, BAND, ignore_index=IGNORED)
     with torch.inference_mode():
-        for rows, before_CRW, after_CRW in both_rows(calibrator, logits_Chw, *labels_HW.shape):
+        for rows, before_CRW, after_CRW in both_rows(calibrator, labelled.logits_Chw, labelled.photo_HW3):
             sums.update(after_CRW, labels_HW[rows], {}, band_HW[rows])
             changed += int((before_CRW.argmax(0) != after_CRW.argmax(0)).sum())
     return sums, changed

@@ -65,7 +65,7 @@ def with_sets(result: Result) -> Result:
         return result
     H, W = result.labels.shape
     size_HW = np.empty((H, W), np.float32)
-    for rows, logits_CRW in calibrated_rows(result.calibrator, result.logits, H, W):
+    for rows, logits_CRW in calibrated_rows(result.calibrator, result.logits, result.rgb):
         size_HW[rows] = result.conformal.size_map(logits_CRW)
     return replace(result, maps=result.maps | {OF_SETS: size_HW})
 
@@ -230,9 +230,9 @@ class Sight:
 
     def _logits(self, x: int, y: int) -> tuple[Float[torch.Tensor, "C 1 1"], Float[torch.Tensor, "C 1 1"]]:
         """Of one pixel, before and after calibration."""
-        result, (H, W) = self.result, self.result.labels.shape
+        result = self.result
         with torch.inference_mode():
-            held = bands(result.calibrator, result.logits, H, W)
+            held = bands(result.calibrator, result.logits, result.rgb)
             band = next(band for band in held if band.rows.start <= y < band.rows.stop)
             row, column = y - band.rows.start, slice(x, x + 1)
             before_CRW, after_CRW = band.both(result.calibrator)

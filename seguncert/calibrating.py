@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
 from seguncert.calibration import Calibration, CalibrationError
-from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, WINDOWS, pixel_features, surroundings
+from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, pixel_features, surroundings
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
@@ -187,6 +187,7 @@ def _check_sequences(nets: Sequence[_Net], pairs: Sequence[tuple[Path, Path]]) -
 def draw(
     pixels: Pixels,
     logits_Chw: Float[Tensor, "C h w"],
+    photo_HW3: UInt8[np.ndarray, "H W 3"],
     labels: Sequence[UInt8[np.ndarray, "H W"]],
     picture: str,
     group: str,
@@ -195,7 +196,8 @@ def draw(
     C, (H, W) = pixels.C, labels[0].shape
     at_N = pixels.picker(picture, np.flatnonzero(np.logical_or.reduce([each != IGNORED for each in labels])))
     with torch.inference_mode():
-        seen = [surroundings(logits_Chw, tuple(OF_SURROUNDINGS), WINDOWS, pixels.frame)] if pixels.names else []
+        looked_at = (tuple(OF_SURROUNDINGS), pixels.frame, photo_HW3)
+        seen = [surroundings(logits_Chw, *looked_at)] if pixels.names else []
         all_NF = np.empty((len(at_N), C + sum(map(len, seen))), np.float32)
         column = 0
         for maps_Fij in [logits_Chw, *seen]:

@@ -148,8 +148,8 @@ def _calibrator(kind: str, **parameters: Any) -> Scaling | Neighbourhood | Vecto
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}")
     if kind == "neighbourhood":
-        weights = tuple((a, b) for a, b in values["weights"])
-        return Neighbourhood(**values | {"weights": weights})
+        (a, b), (c, d) = values["weights"]
+        return Neighbourhood(**values | {"weights": ((a, b), (c, d))})
     return _scaling(kind, **values)
 
 
@@ -174,7 +174,7 @@ def _check_content(found: Calibration) -> None:
         lengths = [(len(calibrator.confidences), len(calibrator.values)), (len(calibrator.values) > 0, True)]
         lengths += [(list(calibrator.confidences), sorted(calibrator.confidences))]
     elif isinstance(calibrator, Neighbourhood):
-        lengths = [(len(calibrator.weights), 1 + len(calibrator.windows))]
+        lengths = [(min(calibrator.place, calibrator.colour) > 0, True)]
     elif calibrator is not None:
         assert isinstance(calibrator, Scaling)
         lengths = [(len(curve.slopes), 1 + len(curve.knots)) for curve in calibrator.curves]
@@ -199,6 +199,6 @@ def _good(name: str, value: Any) -> bool:
         return value in (*KINDS, "none")
     if name == "feature":
         return value in FEATURES
-    if name in ("frame", "windows"):
-        return (name == "frame" and value is None) or (type(value) is int and value > 0)
+    if name == "frame":
+        return value is None or (type(value) is int and value > 0)
     return isinstance(value, (int, float)) and math.isfinite(value)

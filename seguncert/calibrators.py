@@ -1,16 +1,18 @@
 """Calibrators: what turns a net's logits into probabilities that can be believed. They act on logits and give logits,
 whose softmax are the probabilities; what they learned is a handful of numbers, kept as JSON.
 
-Letters: C classes, F features, K windows, h × w the scale of the logits, R × W a band of rows of the photo.
+Letters: C classes, F features, h × w the scale of the logits, i × j a coarser grid, H × W the photo, R × W a
+band of its rows.
 
     temperature, class-conditional, local    softmax(β z), β > 0 a number of the pixel: the shown class stays the same
-    neighbourhood                            softmax(a₀ z + Σ aₖ ln mean of p in a window), the shown class kept
+    neighbourhood                            softmax(a z + b ln p̄), p̄ the mean of p around, the shown class kept
     vector                                   softmax(a (z − max z) + b), a and b of the class (Guo et al. 2017)
     histogram, isotonic                      the shown class gets the probability g(p̂), the others share the rest
 
 With β = exp η, η is a sum: a constant (temperature: β = 1/T), a number of the shown class (class-conditional), and
 piecewise linear functions of what can be seen around the pixel and of how doubtful the whole picture is (local): a picture
-that the net finds strange is softened as a whole. In kind neighbourhood the weights aₖ depend on the picture's doubt too:
+that the net finds strange is softened as a whole. In kind neighbourhood p̄ is of what is near in place and of the same colour
+in the photo, so that it ends where a thing ends (see `seguncert.bilateral`), and a and b depend on the picture's doubt too:
 where the net is at a loss, what it says of the surroundings counts more. A feature beyond what was seen when the calibrator
 was fitted counts as the last value seen, and `unfamiliar` says so.
 """
@@ -25,16 +27,20 @@ from typing import Protocol, runtime_checkable
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Float32, Integer, UInt8
 from torch import Tensor
 
+from seguncert.bilateral import joint_bilateral
 from seguncert.kernels import ONE, compiled
 from seguncert.predict import row_makers
 from seguncert.scores import BLOCK, ZERO, exponentials
 from seguncert.slopes import LEAST_LOG
 
 KINDS = ("temperature", "vector", "class-conditional", "local", "neighbourhood", "histogram", "isotonic")
-WINDOWS = (19, 77)  # pixels a side, of kind neighbourhood
+PLACE, COLOUR = (
+    24.0,
+    0.05,
+)  # standard deviations of `Neighbourhood`: pixels of the model's frames, and the photo's full scale
 STRIDE = 4  # what is seen of the surroundings is made of every fourth pixel of every fourth row
 LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
 LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
@@ -65,7 +71,9 @@ class Calibrator(Protocol):
     def keeps_labels(self) -> bool:
         """Whether the most probable class is the same before and after."""
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"] | None:
+    def look(
+        self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]
+    ) -> Float[Tensor, "F i j"] | None:
         """What it wants to know of the surroundings of each pixel, on a coarser grid; None if nothing."""
 
     def __call__(
@@ -93,9 +101,12 @@ class Band:
         return logits_CRW, calibrator(logits_CRW, self.look() if self.look else None)
 
 
-def bands(calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int) -> Iterator[Band]:
+def bands(
+    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]
+) -> Iterator[Band]:
     """The rows of a photo in bands, from the top; each can be made on any thread."""
-    seen_Fij = None if calibrator is None else calibrator.look(logits_Chw)
+    H, W = photo_HW3.shape[:2]
+    seen_Fij = None if calibrator is None else calibrator.look(logits_Chw, photo_HW3)
     seen: Iterator[tuple[slice, Callable[[], Tensor]]] | None = None
     for rows, make in row_makers(logits_Chw, H, W):
         if seen_Fij is None:
@@ -106,17 +117,17 @@ def bands(calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: 
 
 
 def both_rows(
-    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
+    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"], Float[Tensor, "C rows W"]]]:
     """Logits at the size of the photo in bands of rows, and the same calibrated."""
-    return ((band.rows, *band.both(calibrator)) for band in bands(calibrator, logits_Chw, H, W))
+    return ((band.rows, *band.both(calibrator)) for band in bands(calibrator, logits_Chw, photo_HW3))
 
 
 def calibrated_rows(
-    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
+    calibrator: Calibrator | None, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]
 ) -> Iterator[tuple[slice, Float[Tensor, "C rows W"]]]:
     """The latter of `both_rows`."""
-    return ((rows, after_CRW) for rows, _, after_CRW in both_rows(calibrator, logits_Chw, H, W))
+    return ((rows, after_CRW) for rows, _, after_CRW in both_rows(calibrator, logits_Chw, photo_HW3))
 
 
 @dataclass(frozen=True)
@@ -168,9 +179,11 @@ class Scaling:
         """Features of the surroundings."""
         return [curve.feature for curve in self.curves if curve.feature not in OF_PIXEL]
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"] | None:
+    def look(
+        self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]
+    ) -> Float[Tensor, "F i j"] | None:
         """`looks`."""
-        return surroundings(logits_Chw, self.looks, (), self.frame) if self.looks else None
+        return surroundings(logits_Chw, self.looks, self.frame) if self.looks else None
 
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
@@ -188,28 +201,29 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """softmax(Σₖ (aₖ + bₖ (d − middle)) xₖ), x₀ = ln p, xₖ = ln(mean of p in a window), d = ln(mean doubt of the picture).
+    """softmax(Σₖ (aₖ + bₖ (d − middle)) xₖ), x₀ = ln p, x₁ = ln p̄, d = ln(mean doubt of the picture).
 
-    A class that would come within a hair of the net's, or above it, is put a hair below, so that the labels stay.
+    p̄ is the mean of p around, weighted by nearness in place and in the colour of the photo, see `seguncert.bilateral`. A class that would come within a hair of the net's, or above it, is put a hair below, so that the labels stay.
     """
 
-    weights: tuple[tuple[float, float], ...]  # (aₖ, bₖ) of the pixel and of each window
+    weights: tuple[tuple[float, float], tuple[float, float]]  # (aₖ, bₖ) of the pixel and of what is around it
     middle: float
     low: float
     high: float
     frame: tuple[int, int] | None = None  # of the model
-    windows: tuple[int, ...] = WINDOWS
+    place: float = PLACE  # standard deviation in pixels of the model's frames
+    colour: float = COLOUR  # likewise, of each of the three colours from 0 to 1
     kind = "neighbourhood"
     keeps_labels = True
 
     @property
     def looks(self) -> list[str]:
-        """Features of the surroundings; after them come the windows."""
+        """Features of the surroundings; after them comes ln p̄."""
         return ["picture"]
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> Float[Tensor, "F i j"]:
-        """`looks`, and ln of the mean of each class in each window."""
-        return surroundings(logits_Chw, self.looks, self.windows, self.frame)
+    def look(self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "F i j"]:
+        """`looks`, and ln p̄ of each class."""
+        return surroundings(logits_Chw, self.looks, self.frame, photo_HW3, self.place, self.colour)
 
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
@@ -225,7 +239,7 @@ class Neighbourhood:
 
 
 def _unfamiliar(logits_Chw: Tensor, low: float, high: float, frame: tuple[int, int] | None) -> str:
-    value = float(surroundings(logits_Chw, ["picture"], (), frame)[0, 0, 0])
+    value = float(surroundings(logits_Chw, ["picture"], frame)[0, 0, 0])
     if low - SLACK <= value <= high + SLACK:
         return ""
     return (f"unfamiliar to the calibration: mean doubt {math.exp(value):.3f}, it has seen"
@@ -266,7 +280,7 @@ class Vector:
     kind = "vector"
     keeps_labels = False
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> None:
+    def look(self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]) -> None:
         """Nothing."""
 
     def __call__(
@@ -297,7 +311,7 @@ class Remap:
     values: tuple[float, ...]
     keeps_labels = True
 
-    def look(self, logits_Chw: Float[Tensor, "C h w"]) -> None:
+    def look(self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]) -> None:
         """Nothing."""
 
     def __call__(
@@ -327,12 +341,15 @@ def pixel_features(logits_CN: Float[Tensor, "C N"]) -> Float[Tensor, "2 N"]:
 def surroundings(
     logits_Chw: Float[Tensor, "C h w"],
     names: Sequence[str],
-    windows: Sequence[int],
     frame: tuple[int, int] | None = None,
+    photo_HW3: UInt8[np.ndarray, "H W 3"] | None = None,
+    place: float = PLACE,
+    colour: float = COLOUR,
 ) -> Float[Tensor, "F i j"]:
-    """The named `OF_SURROUNDINGS`, and for each window ln of the mean probability of each class, on a coarser grid.
+    """The named `OF_SURROUNDINGS`, and where the photo is given ln of the mean probability around, of each class; on a coarser
+    grid.
 
-    Windows have the wanted side on a picture as large as the frames of the model; they grow and shrink with the picture.
+    Lengths are as wanted on a picture as large as the frames of the model; they grow and shrink with the picture.
     """
     C, h, w = logits_Chw.shape
     unit = math.sqrt(h * w / math.prod(frame)) if frame else 1.0
@@ -341,7 +358,7 @@ def surroundings(
     probs_Cij = coarse_Cij.softmax(0)
     sure_ij, label_ij = probs_Cij.max(0)
 
-    def mean(values_ij: Tensor, side: int) -> np.ndarray:
+    def mean(values_ij: Float[Tensor, "i j"], side: int) -> Float32[np.ndarray, "i j"]:
         reach = max(1, round((side * unit / stride - 1) / 2))
         border = cv2.BORDER_REFLECT if reach < min(values_ij.shape) else cv2.BORDER_REPLICATE
         return cv2.blur(values_ij.numpy(), (2 * reach + 1, 2 * reach + 1), borderType=border)
@@ -361,7 +378,11 @@ def surroundings(
                 shown_ij = (label_ij == c).float()
                 share_ij += shown_ij.numpy() * mean(shown_ij, int(side))
             found.append(share_ij)
-    found += [np.log(mean(prob_ij, side) + LEAST_MEAN) for side in windows for prob_ij in probs_Cij]
+    if photo_HW3 is not None:
+        i, j = label_ij.shape
+        colours_ij3 = cv2.resize(photo_HW3, (j, i), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+        around_Cij = joint_bilateral(probs_Cij.numpy(), colours_ij3, place * unit / stride, colour)
+        found += list(np.log(around_Cij + LEAST_MEAN))
     return torch.from_numpy(np.stack(found))
 
 

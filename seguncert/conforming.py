@@ -140,13 +140,14 @@ def _count(
     losses: Losses,
     calibrator: Calibrator | None,
     logits_Chw: Float[Tensor, "C h w"],
+    photo_HW3: UInt8[np.ndarray, "H W 3"],
     labels: Sequence[UInt8[np.ndarray, "H W"]],
 ) -> tuple[ImageLosses, Sizes]:
     """What the sets of one image would miss, and how large they would be, at each threshold."""
     (labels_HW,) = labels
     image, sizes = losses.begin(), Sizes.empty(losses.aim, ignore_index=IGNORED)
     with torch.inference_mode():
-        for rows, logits_CRW in calibrated_rows(calibrator, logits_Chw, *labels_HW.shape):
+        for rows, logits_CRW in calibrated_rows(calibrator, logits_Chw, photo_HW3):
             image.update(logits_CRW, labels_HW[rows])
             sizes.update(logits_CRW, labels_HW[rows])
     return image, sizes

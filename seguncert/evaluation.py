@@ -254,7 +254,7 @@ class _Judge:
                 sampler = settings.sampler([model])
             logits, moments, _ = predict_photo(model, sampler, photo.rgb, settings, past)
             with torch.inference_mode():
-                parts, shown_HW, confidence_HW = self._score(logits, moments, labels_KHW, number)
+                parts, shown_HW, confidence_HW = self._score(photo.rgb, logits, moments, labels_KHW, number)
                 shifted = self._shifted(path, photo.rgb, labels_KHW, parts, sampler)
             pictures = self._pictures(parts, photo.rgb, shown_HW, labels_KHW, confidence_HW)
         strange = self.calibration.unfamiliar(logits) if self.calibration else ""
@@ -264,6 +264,7 @@ class _Judge:
 
     def _score(
         self,
+        rgb: UInt8[np.ndarray, "H W 3"],
         logits_Chw: Float[Tensor, "C h w"],
         moments: Moments | None,
         labels_KHW: UInt8[np.ndarray, "K H W"],
@@ -276,7 +277,7 @@ class _Judge:
         band_HW = np.logical_or.reduce(bands)
         scores = [stage.evaluation.begin() for stage in stages]
         shown = [(np.empty((H, W), np.uint8), np.empty((H, W), np.float32)) for _ in stages]
-        for rows, versions in self._bands(logits_Chw, H, W):
+        for rows, versions in self._bands(logits_Chw, rgb):
             spread = {} if moments is None else maps_.describe_spread(moments.at(rows), names)
             for each_CRW, sums, (shown_HW, confidence_HW) in zip(versions, scores, shown, strict=True):
                 labels_RW, maps_RW = maps_.describe(each_CRW, {"confidence", *names})
@@ -305,15 +306,15 @@ class _Judge:
 
         def predict(worse: UInt8[np.ndarray, "H W 3"]) -> Iterator[tuple[slice, list[Tensor]]]:
             logits, _, _ = predict_photo(self.model, sampler, worse, self.job.settings)
-            return self._bands(logits, *rgb.shape[:2])
+            return self._bands(logits, worse)
 
         return shift.judge(path, rgb, labels_KHW, [part.scores.scores for part in parts], predict)
 
     def _bands(
-        self, logits_Chw: Float[Tensor, "C h w"], H: int, W: int
+        self, logits_Chw: Float[Tensor, "C h w"], rgb: UInt8[np.ndarray, "H W 3"]
     ) -> Iterator[tuple[slice, list[Float[Tensor, "C R W"]]]]:
         """Rows of logits at the photo's size: calibrated, where there is a calibration, and as they were."""
-        for rows, before_CRW, after_CRW in both_rows(self.calibration, logits_Chw, H, W):
+        for rows, before_CRW, after_CRW in both_rows(self.calibration, logits_Chw, rgb):
             yield rows, [before_CRW] if self.calibration is None else [after_CRW, before_CRW]
 
     def _pictures(

@@ -25,7 +25,6 @@ from seguncert.calibration import CalibrationError
 from seguncert.calibrators import (
     FAINTEST,
     KINDS,
-    WINDOWS,
     Calibrator,
     Curve,
     Neighbourhood,
@@ -56,14 +55,14 @@ HARM = 0.01  # share by which the NLL of no fold may get worse
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pixels drawn from one picture: logits, shares of the raters or one rater's class, features, means of windows; its name."""
+    """Pixels drawn from one picture: logits, shares of the raters or one rater's class, features, ln of what is around; its name."""
 
     logits_NC: Float32[np.ndarray, "N C"]
     votes_NC: Float32[np.ndarray, "N C"] | Integer[np.ndarray, " N"]  # shares, or one rater's class
     features_NF: Float32[np.ndarray, "N F"]
     picture: str
     group: str
-    windows_NE: Float32[np.ndarray, "N E"] | None = None
+    around_NC: Float32[np.ndarray, "N C"] | None = None
 
     def __len__(self) -> int:
         return len(self.logits_NC)
@@ -73,11 +72,11 @@ class Drawn:
         if step == 1:
             return self
         part = slice((_digest(self.picture) >> round % 64) % step, None, step)
-        windows_NE = None if self.windows_NE is None else self.windows_NE[part].copy()
+        around_NC = None if self.around_NC is None else self.around_NC[part].copy()
         logits_NC, votes_NC, features_NF = (
             each[part].copy() for each in (self.logits_NC, self.votes_NC, self.features_NF)
         )
-        return Drawn(logits_NC, votes_NC, features_NF, self.picture, self.group, windows_NE)
+        return Drawn(logits_NC, votes_NC, features_NF, self.picture, self.group, around_NC)
 
 
 def _digest(picture: str) -> int:
@@ -137,17 +136,17 @@ class Pixels:
         for each in self.drawn:
             for start in range(0, len(each), ROWS):
                 rows = slice(start, start + ROWS)
-                windows_NE = None if each.windows_NE is None else each.windows_NE[rows]
-                yield replace(each, logits_NC=each.logits_NC[rows], votes_NC=each.votes_NC[rows], features_NF=each.features_NF[rows], windows_NE=windows_NE)  # fmt: skip
+                around_NC = None if each.around_NC is None else each.around_NC[rows]
+                yield replace(each, logits_NC=each.logits_NC[rows], votes_NC=each.votes_NC[rows], features_NF=each.features_NF[rows], around_NC=around_NC)  # fmt: skip
 
     def blocks(self) -> Iterator[tuple[Float[Tensor, "n C"], Float[Tensor, "n C"], Float[Tensor, "n F"]]]:
-        """Logits less their largest, shares of the raters, features; after them means of the windows, if there are any."""
+        """Logits less their largest, shares of the raters, features; after them ln of what is around, if it is known."""
         for part in self.parts():
             logits_NC, votes = torch.from_numpy(part.logits_NC), part.votes_NC
             if votes.ndim == 1:
                 votes = np.eye(self.C, dtype=np.float32)[votes]
             z_NC = floored(logits_NC - logits_NC.amax(1, keepdim=True))
-            seen = [part.features_NF, *([] if part.windows_NE is None else [part.windows_NE])]
+            seen = [part.features_NF, *([] if part.around_NC is None else [part.around_NC])]
             yield z_NC, torch.from_numpy(votes), torch.from_numpy(np.concatenate(seen, 1) if seen[1:] else seen[0])
 
     def nll(self, calibrator: Calibrator | None) -> dict[str, tuple[float, int]]:
@@ -165,7 +164,7 @@ class Pixels:
         return found
 
     def seen(self, calibrator: Calibrator, features_NF: Float[Tensor, "n F"]) -> Float[Tensor, "n G"]:
-        """Of features and means of windows those that the calibrator looks at, as its `look` gives them."""
+        """Of features and what is around those that the calibrator looks at, as its `look` gives them."""
         columns = [self.names.index(name) for name in getattr(calibrator, "looks", ())]
         if isinstance(calibrator, Neighbourhood):
             columns += range(len(self.names), features_NF.shape[1])
@@ -263,15 +262,15 @@ def _fit_scaling(start: Scaling, pixels: Pixels) -> Scaling:
 
 
 def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
-    """Newton's method on the weights of ln p and of the windows, which is convex. Curves as those of `local` on top of them
+    """Newton's method on the weights of ln p and of ln p̄, which is convex. Curves as those of `local` on top of them
     won nothing on scenes held out, and made the confidence of single pictures worse.
 
     d NLL / d weight = E_p[x] − E_t[x], and the Hessian is the covariance under p of what the weights are multiplied with.
     """
-    C, K, at = pixels.C, len(WINDOWS), pixels.names.index("picture")
+    C, at = pixels.C, pixels.names.index("picture")
     doubt = np.concatenate([each.features_NF[:, at] for each in pixels.drawn])
     low, middle, high = float(doubt.min()), float(doubt.mean()), float(doubt.max())
-    P = 2 * (1 + K)
+    P = 4
 
     def value(weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         total, gradient, hessian = 0.0, np.zeros(P), np.zeros((P, P))
@@ -295,8 +294,8 @@ def _fit_neighbourhood(pixels: Pixels) -> Neighbourhood:
         return total / N, gradient / N, hessian / N + tiny
 
     weights = _newton(value, np.eye(P)[0], "neighbourhood").tolist()
-    pairs = tuple(zip(weights[: 1 + K], weights[1 + K :], strict=True))
-    return Neighbourhood(pairs, middle, low, high, pixels.frame, WINDOWS)
+    pairs = (weights[0], weights[2]), (weights[1], weights[3])
+    return Neighbourhood(pairs, middle, low, high, pixels.frame)
 
 
 def _fit_vector(pixels: Pixels) -> Vector:
@@ -404,8 +403,8 @@ def _rising(count: np.ndarray, forecast: np.ndarray, hit: np.ndarray) -> tuple[n
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kind of calibrator, judged on pictures that it was not fitted on: NLL in nats, and the gain over the one before it
-    in the order of `choose`, with an interval; `worst` is the largest loss of a fold, as a share of its NLL."""
+    """A kind of calibrator, judged on pictures that it was not fitted on: NLL in nats, and the gain over none or one
+    temperature, with an interval; `worst` is the largest loss of a fold, as a share of its NLL; one kind is chosen."""
 
     kind: str
     nll: float
@@ -417,10 +416,11 @@ class Candidate:
 
 
 def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector", "local", "neighbourhood")) -> tuple[str, list[Candidate], dict[str, Any]]:  # fmt: skip
-    """Which kind to fit: the best by NLL on held-out pictures, if that is sure. "none", how each did, and how it was done.
+    """Which kind to fit, or "none"; how each did; and how it was done: the least NLL on held-out pictures of what is sure.
 
-    The pictures are folded by sequence. One temperature must beat none; every other kind must beat the best so far: the
-    95 % interval of the gain over blocks of pictures must not reach 0, and no fold may get worse by more than `HARM`.
+    The pictures are folded by sequence. A kind is sure if the 95 % interval of its gain over blocks of pictures does not
+    reach 0, and no fold gets worse by more than `HARM`. One temperature is compared with none, every other kind with what
+    of these two is taken, and none that has a larger NLL than one temperature is taken at all.
     With one sequence only the folds are blocks of consecutive pictures, and more than one temperature is not
     tried: what looks better on the rest of a scene is often worse on another (here by 5 to 20 %). A kind whose fit fails on
     some pictures is not taken; `not_fitted` of how it was done has the reason.
@@ -444,12 +444,16 @@ def choose(pixels: Pixels, kinds: Sequence[str] = ("class-conditional", "vector"
                     raise
                 del held[kind]  # it is out of the choice, and the others go on
                 how.setdefault("not_fitted", {})[kind] = str(error)
-    best, table = "none", [Candidate("none", _mean(held["none"]), "", 0.0, (0.0, 0.0), 0.0, False)]
+    nll = {kind: _mean(of_picture) for kind, of_picture in held.items()}
+    base, sure, found = "none", ["none"], {"none": ("", 0.0, (0.0, 0.0), 0.0)}
     for kind in (kind for kind in held if kind != "none"):
-        gain, interval, worst = compare(held[best], held[kind], clusters, folds)
-        chosen = interval[0] > 0 and worst <= HARM
-        table.append(Candidate(kind, _mean(held[kind]), best, gain, interval, worst, chosen))
-        best = kind if chosen else best
+        gain, interval, worst = compare(held[base], held[kind], clusters, folds)
+        found[kind] = base, gain, interval, worst
+        if interval[0] > 0 and worst <= HARM and nll[kind] <= nll["temperature"]:
+            sure.append(kind)
+            base = "temperature" if kind == "temperature" else base
+    best = min(sure, key=nll.__getitem__)
+    table = [Candidate(kind, nll[kind], *each, chosen=kind == best) for kind, each in found.items()]
     return best, table, how
 
 

@@ -262,7 +262,7 @@ def _in_memory(
     if sampler is None and job.settings.needs_sampler(model, H, W):
         sampler = job.settings.sampler([model])
     logits, moments, errors = predict_photo(model, sampler, rgb, job.settings, carry, job.calibrator, job.sets)
-    labels_HW, found = describe_photo(logits, moments, H, W, job.settings.maps, job.calibrator, job.sets)
+    labels_HW, found = describe_photo(rgb, logits, moments, job.settings.maps, job.calibrator, job.sets)
     shown.add(labels_HW, moments)
     files: Files = {"labels.png": render.encode_labels_png(labels_HW, model.colours)}
     for name, map_HW in found.items():

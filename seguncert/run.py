@@ -73,7 +73,7 @@ class Result:
         """Calibrated softmax (C, H, W) float32; sums to 1 over C."""
         H, W = self.labels.shape
         probs_CHW = np.empty((len(self.classes), H, W), np.float32)
-        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, H, W):
+        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, self.rgb):
             probs_CHW[:, rows] = logits_CRW.softmax(0).numpy()
         return probs_CHW
 
@@ -83,7 +83,7 @@ class Result:
         if self.conformal is None:
             return None
         inside_CHW = np.empty((len(self.classes), *self.labels.shape), bool)
-        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, *self.labels.shape):
+        for rows, logits_CRW in calibrated_rows(self.calibrator, self.logits, self.rgb):
             inside_CHW[:, rows] = self.conformal.members(logits_CRW)
         return inside_CHW
 
@@ -270,7 +270,7 @@ def analyse(
     sampler = None if plain else settings.sampler(models)
     stopped = _Stopped(progress) if progress is not None else None
     logits, moments, errors = predict_photo(models[0], sampler, photo.rgb, settings, carry, calibrator, sets, stopped)
-    labels, found = describe_photo(logits, moments, H, W, settings.maps, calibrator, sets)
+    labels, found = describe_photo(photo.rgb, logits, moments, settings.maps, calibrator, sets)
     strange = calibrator.unfamiliar(logits) if calibrator else ""
     return Result(
         photo.rgb, labels.astype(np.int64), found, models[0].classes, models[0].colours, logits,
@@ -368,7 +368,7 @@ def _until_known(
     squares = {name: np.zeros((H, W), np.float32) for name in names}
     batches = sampler.batches(rgb, AUTO_BATCH, settings.seed, settings.scale, settings.pixels)
     for number, batch in enumerate(batches, 1):
-        found = describe_photo(batch.log_mean_CHW(), batch, H, W, names, calibrator, sets)[1]
+        found = describe_photo(rgb, batch.log_mean_CHW(), batch, names, calibrator, sets)[1]
         moments.merge(batch)
         for name, map_HW in found.items():
             delta_HW = map_HW - mean[name]
@@ -384,10 +384,9 @@ def _until_known(
 
 
 def describe_photo(
+    rgb: UInt8[np.ndarray, "H W 3"],
     logits: Float[torch.Tensor, "C h w"],
     moments: Moments | None,
-    H: int,
-    W: int,
     names: Sequence[str],
     calibrator: Calibrator | None = None,
     sets: ConformalSets | None = None,
@@ -395,6 +394,7 @@ def describe_photo(
     """Labels and maps at the photo's own size, calibrated, band by band; the spread of samples is not calibrated."""
     assert moments is not None or not set(names) & set(maps_.OF_SAMPLES)
     assert sets is not None or maps_.OF_SETS not in names
+    H, W = rgb.shape[:2]
     labels_HW = np.empty((H, W), np.uint8)
     found = {name: np.empty((H, W), np.float32) for name in names}
 
@@ -409,7 +409,7 @@ def describe_photo(
         if sets is not None and maps_.OF_SETS in names:
             found[maps_.OF_SETS][rows] = sets.size_map(logits_CRW)
 
-    on_all_cores(describe, bands(calibrator, logits, H, W))
+    on_all_cores(describe, bands(calibrator, logits, rgb))
     return labels_HW, found
 
 
@@ -428,8 +428,8 @@ def describe_blocks(
     sampler = sampler or settings.sampler([model])
     assert not isinstance(settings.samples, str)
     for rows, columns, moments in sampler.blocks(rgb, settings.samples, settings.seed, settings.scale, settings.pixels):
-        R, W = moments.entropy_HW.shape
-        labels_RW, found = describe_photo(moments.log_mean_CHW(), moments, R, W, settings.maps, calibrator, sets)
+        block = np.ascontiguousarray(rgb[rows, columns])
+        labels_RW, found = describe_photo(block, moments.log_mean_CHW(), moments, settings.maps, calibrator, sets)
         yield rows, columns, labels_RW, found, moments
 
 

@@ -24,8 +24,8 @@ from seguncert.tiles import Sampler
 
 T = TypeVar("T")
 Use = Callable[
-    [Float[Tensor, "C h w"], list[UInt8[np.ndarray, "H W"]]], T
-]  # of logits, and labels of one or more raters
+    [Float[Tensor, "C h w"], UInt8[np.ndarray, "H W 3"], list[UInt8[np.ndarray, "H W"]]], T
+]  # of logits, the photo, and labels of one or more raters
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def walk(
 def visit(
     job: Job, net: Ready, image: Path, labels: Sequence[Path], name: str, ignore_index: int | None, use: Use[T]
 ) -> T | Failed:
-    """What `use` makes of the logits and labels of one image, void pixels being `seguncert.labels.IGNORED`."""
+    """What `use` makes of the logits, the photo and the labels of one image, void pixels being `seguncert.labels.IGNORED`."""
     try:
         return _visit(job, net, image, labels, ignore_index, use)
     except (ValueError, OSError) as error:
@@ -103,4 +103,4 @@ def _visit(job: Job, net: Ready, image: Path, labels: Sequence[Path], ignore_ind
         sampler = net.sampler
         if sampler is None and settings.needs_sampler(net.model, H, W):
             sampler = settings.sampler([net.model])
-        return use(predict_photo(net.model, sampler, photo.rgb, settings)[0], every)
+        return use(predict_photo(net.model, sampler, photo.rgb, settings)[0], photo.rgb, every)

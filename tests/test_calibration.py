@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, softmax
+from test_bilateral import bilateral_loops
 
 from seguncert.calibration import Calibration, CalibrationError, find_calibration, load_calibration
 from seguncert.calibrators import (
@@ -43,8 +44,8 @@ def calibrators(C):
         "sharp": Scaling("temperature", 2.5),
         "class-conditional": Scaling("class-conditional", 0.2, tuple(0.5 - 0.3 * c for c in range(C))),
         "local": local,
-        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, 0.1), (0.4, -0.2)), -2.0, -4.0, -0.5, (30, 40)),
-        "only the windows": Neighbourhood(((0.0, 0.0), (2.0, 0.0), (0.0, 0.0)), -2.0, -4.0, -0.5, (30, 40)),
+        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, -0.1)), -2.0, -4.0, -0.5, (30, 40), 9.0, 0.2),
+        "only what is around": Neighbourhood(((0.0, 0.0), (2.0, 0.0)), -2.0, -4.0, -0.5, (30, 40)),
         "vector": Vector(tuple(0.5 + 0.2 * c for c in range(C)), tuple(0.3 - 0.2 * c for c in range(C))),
         "histogram": Remap("histogram", (0.0, 0.7, 0.7000001, 1.0), (0.2, 0.2, 0.9, 0.9)),
         "isotonic": Remap("isotonic", (0.4, 0.6, 0.99), (0.01, 0.5, 0.97)),
@@ -58,8 +59,15 @@ def logits_of(C, h, w, spread=3.0, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(0, spread, (C, h, w)).astype(np.float32))
 
 
+def photo_of(H, W):
+    """A sheet of colours that change slowly, but for a step in the middle."""
+    rows, columns = np.linspace(0, 1, H)[:, None, None], np.linspace(0, 1, W)[None, :, None]
+    shades = 90 + 60 * np.sin([3.0, 5.0, 7.0] * rows + [4.0, 2.0, 6.0] * columns) + 90 * (columns > 0.5)
+    return shades.round().astype(np.uint8)
+
+
 def whole(calibrator, logits, H, W):
-    return torch.cat([band for _, band in calibrated_rows(calibrator, logits, H, W)], 1)
+    return torch.cat([band for _, band in calibrated_rows(calibrator, logits, photo_of(H, W))], 1)
 
 
 def shown_before_and_after(calibrator, logits, H, W):
@@ -138,9 +146,9 @@ def test_the_logits_that_are_calibrated_are_those_that_are_shown_without():
 @pytest.mark.parametrize("kind", list(calibrators(2)))
 def test_rows_in_bands_equal_the_whole(kind):
     logits, calibrator = logits_of(3, 300, 400), calibrators(3)[kind]
-    seen = calibrator.look(logits)
+    seen = calibrator.look(logits, photo_of(500, 700))
     at_size = [each if each is None else torch.cat([band for _, band in rows_at_size(each, 500, 700)], 1) for each in (logits, seen)]  # fmt: skip
-    bands = list(calibrated_rows(calibrator, logits, 500, 700))
+    bands = list(calibrated_rows(calibrator, logits, photo_of(500, 700)))
     assert len(bands) > 3 and bands[-1][0].stop == 500
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), calibrator(*at_size), rtol=1e-6, atol=1e-6)
 
@@ -157,7 +165,7 @@ def test_a_shift_of_all_logits_changes_nothing():
         torch.testing.assert_close(here, there, rtol=0, atol=2e-4, msg=kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KEEPING if "windows" not in kind and "neigh" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in KEEPING if "around" not in kind and "neigh" not in kind])
 def test_what_is_not_finite_is_no_probability(kind):
     logits = logits_of(3, 8, 8)
     logits[1, 2, 3] = torch.nan
@@ -192,7 +200,7 @@ def beta(scaling, logits_CN, seen):
 
 
 def seen_of(calibrator, logits):
-    """Features of each pixel of a picture by name, and the windows (K, C, N)."""
+    """Features of each pixel of a picture by name, and ln of what is around it (C, N)."""
     C = len(logits)
     z = np.sort(logits.double().numpy().reshape(C, -1), 0)
     others = np.exp(z[:-1] - z[-1]).sum(0)
@@ -200,11 +208,11 @@ def seen_of(calibrator, logits):
         "doubt": np.log(np.maximum(others / (1 + others), LEAST_DOUBT)),
         "gap": np.minimum(z[-1] - z[-2], 15),
     }
-    looked = calibrator.look(logits)
+    looked = calibrator.look(logits, photo_of(*logits.shape[1:]))
     if looked is not None:
         looked = torch.cat([band for _, band in rows_at_size(looked, *logits.shape[1:])], 1).flatten(1).double().numpy()
         seen |= dict(zip(calibrator.looks, looked, strict=False))
-        looked = looked[len(calibrator.looks) :].reshape(-1, C, looked.shape[1])
+        looked = looked[len(calibrator.looks) :]
     return seen, looked
 
 
@@ -220,10 +228,10 @@ def test_scalings_by_their_formula(kind):
 def test_neighbourhood_by_its_formula():
     logits, calibrator = logits_of(3, 24, 32, 1.5), calibrators(3)["neighbourhood"]
     z = logits.double().numpy().reshape(3, -1)
-    seen, windows_KCN = seen_of(calibrator, logits)
+    seen, around_CN = seen_of(calibrator, logits)
     off = np.clip(seen["picture"], calibrator.low, calibrator.high) - calibrator.middle
     s = sum(
-        (a + b * off) * part for (a, b), part in zip(calibrator.weights, [log_softmax(z, 0), *windows_KCN], strict=True)
+        (a + b * off) * part for (a, b), part in zip(calibrator.weights, [log_softmax(z, 0), around_CN], strict=True)
     )
     s -= s.max(0)
     overtaken = s.argmax(0) != z.argmax(0)
@@ -310,10 +318,20 @@ def test_surroundings_by_plain_loops():
         np.full(label.shape, np.log((1 - p.max(0)).mean())),
         np.log(window_means(entropy, 3) + 1e-3),
         (shown * [window_means(each, 5) for each in shown]).sum(0),
-        *(np.log(window_means(each, 2) + 1e-5) for each in p),
     ]
-    found = surroundings(logits, ["picture", "entropy 31", "agreement 41"], (19,), (48, 64))
+    found = surroundings(logits, ["picture", "entropy 31", "agreement 41"], (48, 64))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_around_by_plain_loops():
+    """Each fourth pixel of the logits, colours averaged over as much, and weights of place and colour."""
+    logits, photo = logits_of(3, 48, 64), photo_of(96, 128)
+    p = softmax(logits.double().numpy()[:, 2::4, 2::4], 0)
+    colours = photo.reshape(12, 8, 16, 8, 3).mean((1, 3)).round() / 255
+    expected = np.log(bilateral_loops(p, colours, 10 / 4, 0.1) + 1e-5)
+    found = surroundings(logits, ["picture"], (48, 64), photo, 10.0, 0.1)
+    assert len(found) == 4
+    np.testing.assert_allclose(found[1:], expected, atol=1e-4)
 
 
 def test_windows_grow_with_the_picture():
@@ -321,8 +339,12 @@ def test_windows_grow_with_the_picture():
     small = torch.nn.functional.interpolate(logits_of(3, 6, 8)[None], size=(48, 64), mode="bilinear")[0]
     large = torch.nn.functional.interpolate(small[None], size=(96, 128), mode="bilinear")[0]
     names = ["picture", "entropy 31", "agreement 41"]
-    one, two = (surroundings(each, names, (19,), (48, 64)) for each in (small, large))
-    assert one.shape == two.shape and float((one - two).abs().mean()) < 0.02 < float(one.std())
+    one, two = (surroundings(each, names, (48, 64), photo_of(*each.shape[1:])) for each in (small, large))
+    assert one.shape == two.shape == (6, 12, 16)
+    for each in (one, two):
+        each[3:].exp_()  # of what is around; its logarithm is steep where there is next to nothing
+    for here, there in ((one[:3], two[:3]), (one[3:], two[3:])):
+        assert float((here - there).abs().mean()) < 0.02 < float(here.std())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 7), (5, 200)])
@@ -338,10 +360,10 @@ def test_pictures_smaller_than_a_window(size):
 
 def test_a_picture_is_unfamiliar_where_its_doubt_was_not_seen():
     logits = logits_of(3, 48, 64)
-    value = float(surroundings(logits, ["picture"], (), (24, 32))[0, 0, 0])
+    value = float(surroundings(logits, ["picture"], (24, 32))[0, 0, 0])
     for low, high, familiar in ((value, value, True), (value - 1, value - 0.01, False), (value + 0.01, 0.0, False)):
         local = Scaling("local", 0.0, (), (Curve("picture", low, high, (), (0.1,)),), (24, 32))
-        for calibrator in (local, Neighbourhood(((1.0, 0.0),) * 3, low, low, high, (24, 32))):
+        for calibrator in (local, Neighbourhood(((1.0, 0.0),) * 2, low, low, high, (24, 32))):
             text = calibrator.unfamiliar(logits)
             assert (text == "") == familiar
             if not familiar:
@@ -459,14 +481,28 @@ def test_a_damaged_file_is_said_to_be_one(damage, tmp_path):
         Remap("isotonic", (0.5, 0.4), (0.1, 0.2)),
         Remap("isotonic", (0.5,), (0.1, 0.2)),
         Remap("histogram", (), ()),
-        Neighbourhood(((1.0, 0.0), (1.0, 0.0)), 0.0, 0.0, 0.0),
+        Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, place=0.0),
+        Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, colour=-0.1),
     ],
-    ids=lambda each: each.kind,
+    ids=str,
 )
 def test_numbers_that_do_not_belong_together_are_no_calibration(calibrator, tmp_path):
     Calibration(calibrator, MODEL, SAMPLING).save(tmp_path / "c.json")
     with pytest.raises(CalibrationError, match="Received: ValueError: numbers that do not belong together"):
         load_calibration(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"windows": [19, 77]}, {"weights": [[1.0, 0.0]] * 3}, {"weights": [[1.0], [0.0]]}, {"weights": 1.0}]
+)
+def test_another_neighbourhood_is_said_to_be_one(change, tmp_path):
+    file = tmp_path / "c.json"
+    Calibration(calibrators(3)["neighbourhood"], MODEL, SAMPLING).save(file)
+    content = json.loads(file.read_text())
+    content["parameters"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match="expected a file that `seguncert calibrate` of this version wrote"):
+        load_calibration(file)
 
 
 def test_a_file_that_is_not_there():

@@ -126,7 +126,7 @@ class Sharper:
     kind = "sharper"
     keeps_labels = True
 
-    def look(self, logits):
+    def look(self, logits, photo):
         return None
 
     def unfamiliar(self, logits):
@@ -150,10 +150,11 @@ def test_before_calibration_is_what_there_is_without_it_and_the_change_is_paired
 
 
 def test_a_calibrator_gets_what_it_saw_of_the_whole_at_the_photos_size(folder, model):
-    seen = []
+    seen, photos = [], []
 
     class Looking(Sharper):
-        def look(self, logits):
+        def look(self, logits, photo):
+            photos.append(photo)
             return torch.stack([logits.sum(0), logits[0]])
 
         def __call__(self, logits, features):
@@ -161,6 +162,8 @@ def test_a_calibrator_gets_what_it_saw_of_the_whole_at_the_photos_size(folder, m
             return logits
 
     judged(folder, model, calibrator=Looking())
+    files = [folder / "images" / row["path"] for row in rows_of(folder)]
+    assert len(photos) == 8 and all(map(np.array_equal, photos, (read_image(file).rgb for file in files)))
     assert len(seen) >= 8
     for logits, features in seen:
         torch.testing.assert_close(features, torch.stack([logits.sum(0), logits[0]]), atol=1e-4, rtol=1e-4)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
-from seguncert.apps.scenes import ORACLE, judge
+from seguncert.apps.scenes import ORACLE, Labelled, judge
 from seguncert.calibrating import draw
 from seguncert.calibrators import FEATURES
 from seguncert.evaluation import in_order
@@ -22,16 +22,22 @@ SCENES = {"night": 3, "day": 5, "dusk": 2}  # pictures of each
 
 @pytest.fixture(scope="module")
 def seen():
-    """Pixels drawn from pictures of three scenes, and their logits and labels; every fifth pixel is wrong."""
-    rng, pixels, logits = np.random.default_rng(0), Pixels(3, tuple(FEATURES), None, run=2), {}
+    """Pixels drawn from pictures of three scenes, and the pictures; every fifth pixel is wrong."""
+    rng, pixels, kept = np.random.default_rng(0), Pixels(3, tuple(FEATURES), None, run=2), {}
     for scene, count in SCENES.items():
         for k in range(count):
             name, z = f"{scene}/{scene}_{k}.png", 3 * rng.normal(size=(3, 30, 40)).astype(np.float32)
             y = np.where(rng.random((30, 40)) < 0.2, rng.integers(0, 3, (30, 40)), z.argmax(0)).astype(np.uint8)
             y[:2] = 255
-            logits[name] = torch.from_numpy(z), y
-            pixels.add(draw(pixels, logits[name][0], [y], name, scene))
-    return pixels, logits
+            photo = rng.integers(0, 256, (30, 40, 3), np.uint8)
+            kept[name] = Labelled(torch.from_numpy(z), photo, y)
+            pixels.add(draw(pixels, kept[name].logits_Chw, photo, [y], name, scene))
+    return pixels, kept
+
+
+def pairs(kept):
+    """Logits and labels, in numpy."""
+    return [(each.logits_Chw.numpy(), each.labels_HW) for each in kept.values()]
 
 
 @pytest.fixture
@@ -80,9 +86,10 @@ def test_their_kinds_get_our_pixels_and_early_stopping_a_scene_of_them(seen, sta
 
 
 def test_the_table_judges_theirs_as_ours(seen, stand_in):
-    pixels, logits = seen
-    judged, notes = judge(pixels, logits)
-    z, y = np.concatenate([z.numpy()[:, y != 255] for z, y in logits.values()], 1), np.concatenate([y[y != 255] for _, y in logits.values()])  # fmt: skip
+    pixels, kept = seen
+    judged, notes = judge(pixels, kept)
+    z = np.concatenate([z[:, y != 255] for z, y in pairs(kept)], 1)
+    y = np.concatenate([y[y != 255] for _, y in pairs(kept)])
     nll = {each.kind: each.pooled.compute()["nll"] for each in judged}
     for kind, factor in (("none", 1), ("fiducio vector_scaling, early", 2)):
         expected = -np.take_along_axis(log_softmax(factor * z.astype(float), axis=0), y[None].astype(int), 0).mean()
@@ -94,13 +101,13 @@ def test_the_table_judges_theirs_as_ours(seen, stand_in):
 
 
 def test_the_mark_is_the_best_temperature_of_each_photo(seen):
-    pixels, logits = seen
-    judged, _ = judge(pixels, logits)
+    pixels, kept = seen
+    judged, _ = judge(pixels, kept)
     kinds = [each.kind for each in judged]
     found = dict(zip(kinds, (each.pooled.compute() for each in judged), strict=True))[ORACLE]
     total, count = 0.0, 0
-    for z, y in logits.values():
-        z, y = z.numpy().astype(float)[:, y != 255], y[y != 255][None].astype(int)
+    for z, y in pairs(kept):
+        z, y = z.astype(float)[:, y != 255], y[y != 255][None].astype(int)
         best = minimize_scalar(lambda beta, z=z, y=y: -np.take_along_axis(log_softmax(beta * z, axis=0), y, 0).sum())
         total, count = total + best.fun, count + y.size
     assert kinds[-1] == ORACLE and found["nll"] == pytest.approx(total / count, rel=2e-3), (
@@ -110,15 +117,16 @@ def test_the_mark_is_the_best_temperature_of_each_photo(seen):
 
 
 def test_a_photo_that_is_all_right_has_no_temperature():
-    pixels, logits = Pixels(2, tuple(FEATURES), None, run=1), {}
+    pixels, kept = Pixels(2, tuple(FEATURES), None, run=1), {}
+    photo = np.zeros((4, 4, 3), np.uint8)
     z = torch.tensor([[[5.0, 4, 3, 2]] * 4, [[0.0] * 4] * 4])
     for scene in ("dawn", "day", "night"):
         for k in range(2):
             name, y = f"{scene}/{k}.png", np.zeros((4, 4), np.uint8)
             y[0, :k] = 1  # of the first photo no pixel is wrong
-            logits[name] = z, y
-            pixels.add(draw(pixels, z, [y], name, scene))
-    judged, _ = judge(pixels, logits)
+            kept[name] = Labelled(z, photo, y)
+            pixels.add(draw(pixels, z, photo, [y], name, scene))
+    judged, _ = judge(pixels, kept)
     none, own = judged[0].pooled.compute(), judged[-1].pooled.compute()
     assert judged[-1].kind == ORACLE and 0 < own["nll"] < none["nll"]
 
@@ -132,12 +140,12 @@ def test_without_fiducio_a_line_says_how_to_get_it(seen, monkeypatch):
 
 def test_the_real_one(seen):
     pytest.importorskip("fiducio", reason="fiducio is no dependency; pip install fiducio in an environment of its own")
-    pixels, logits = seen
+    pixels, kept = seen
     kinds = offered(2)
     assert len(kinds) == 16
     theirs = dict(zip(kinds, in_order([lambda k=kind: fit_theirs(k, pixels) for kind in kinds], 2), strict=True))
     assert theirs["fiducio temperature_scaling"].fitted.temperature == pytest.approx(math.exp(-fit("temperature", pixels).constant), rel=1e-3)  # fmt: skip
-    z = next(iter(logits.values()))[0]
+    z = next(iter(kept.values())).logits_Chw
     for kind, each in theirs.items():
         expected = each.fitted.transform(z[None])[0].numpy()
         np.testing.assert_allclose(softmax(each(z, None).numpy(), axis=0), expected, atol=1e-6, err_msg=kind)

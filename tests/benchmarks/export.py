@@ -104,7 +104,6 @@ def measure_maps(model: Model, images: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     rgb = read_image(images / list_images(images)[0][0]).rgb
-    H, W = rgb.shape[:2]
     picture, logits = caught(model, rgb)
     h, w = logits.shape[1:]
     times: dict[str, list[float]] = {"net": [], "maps": []}
@@ -112,11 +111,11 @@ def measure_maps(model: Model, images: Path, rounds: int) -> None:
         started = time.perf_counter()
         output = net_logits(model, picture)
         between = time.perf_counter()
-        describe_photo(predict.planes(output[:, :h, :w]), None, H, W, OF_ONE_PASS)
+        describe_photo(rgb, predict.planes(output[:, :h, :w]), None, OF_ONE_PASS)
         times["net"].append(between - started)
         times["maps"].append(time.perf_counter() - between)
     net, maps = median(times["net"]), median(times["maps"])
-    print(f"maps at {W}x{H}, {len(model.classes)} classes, one core, {4 * rounds} rounds")
+    print(f"maps at {rgb.shape[1]}x{rgb.shape[0]}, {len(model.classes)} classes, one core, {4 * rounds} rounds")
     print(f"  net {1000 * net:.1f} ms, labels + three maps {1000 * maps:.1f} ms, ratio {maps / net:.3f}")
 
 
