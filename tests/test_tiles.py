@@ -9,6 +9,7 @@ from torch import nn
 from seguncert import tiles
 from seguncert.model import ModelError, wrap_model
 from seguncert.moments import Moments
+from seguncert.run import Settings, describe_blocks
 from seguncert.sampling import DropoutSampler
 from seguncert.tiles import FADE, blended
 from seguncert.views import OnePass
@@ -121,3 +122,28 @@ def test_a_value_that_is_not_finite_in_any_block_is_an_error():
     rgb[650, 850] = 255
     with pytest.raises(ModelError, match="not finite"):
         sampler.moments(rgb, tile=400)
+
+
+def test_a_calibrator_sees_the_photo_of_its_block(monkeypatch):
+    looked = []
+
+    class Looking:
+        kind, keeps_labels = "looking", True
+
+        def look(self, logits_Chw, photo_HW3):
+            looked.append((tuple(logits_Chw.shape[1:]), photo_HW3))
+
+        def __call__(self, logits_CRW, seen_FRW):
+            return logits_CRW
+
+        def unfamiliar(self, logits_Chw):
+            return ""
+
+    rgb, model = photo(300, 430), wrap(elementwise(), divisor=4)
+    settings = Settings(maps=("confidence",), scale="native")
+    monkeypatch.setattr(tiles, "WHOLE", 1 << 20)
+    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 150**2)
+    parts = list(describe_blocks(model, None, rgb, settings, Looking()))
+    assert len(parts) == len(looked) > 1
+    for (rows, columns, labels_RW, _, _), (size, part) in zip(parts, looked, strict=True):
+        assert size == labels_RW.shape and np.array_equal(part, rgb[rows, columns])
