@@ -103,10 +103,16 @@ def main(
 ) -> None:
     """Measure, print, write."""
     net = load_model(model)
-    pictures = _pictures(net, images, labels, [load_model(each) for each in left_out], without or [])
-    if more_images and more_labels:
-        more = [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in find_pairs(more_images, more_labels)]
-        pictures += [picture for picture in more if picture.scene not in (without or [])]
+    if (more_images is None) != (more_labels is None):
+        raise ValueError("more-images, more-labels: expected both or neither. Received: one of them")
+    more = find_pairs(more_images, more_labels) if more_images and more_labels else []
+    seen = [Picture(*pair, f"{_scene(pair[0])}, known", net) for pair in more]
+    pairs, leave = find_pairs(images, labels), set(without or [])
+    scenes = {_scene(image) for image, _ in pairs} | {picture.scene for picture in seen}
+    if leave - scenes:
+        raise ValueError(f"without: expected one of {'; '.join(sorted(scenes))}. Received: {'; '.join(sorted(leave - scenes))}")  # fmt: skip
+    pictures = _pictures(net, pairs, [load_model(each) for each in left_out], leave)
+    pictures += [picture for picture in seen if picture.scene not in leave]
     console = Console(width=320)
     for name in method or ["none", "mc-dropout"]:
         drawn = {"samples": samples} if "mc-dropout" in name else {}
@@ -133,13 +139,13 @@ def _scene(image: Path) -> str:
     return image.stem.split("_")[0]
 
 
-def _pictures(net: Model, images: Path, labels: Path, left_out: list[Model], leave: list[str]) -> list[Picture]:
+def _pictures(net: Model, pairs: list[tuple[Path, Path]], left_out: list[Model], leave: set[str]) -> list[Picture]:
     """Of all scenes but those to leave, each with the net that was trained without its scene."""
     without = {scene: each for each in left_out for scene in (each.card.get("recipe") or {}).get("leave_out") or []}
     if any(each.classes != net.classes for each in left_out):
         raise ValueError(f"left-out: expected nets of the classes of {net.name}. Received: others")
     found = []
-    for image, label in find_pairs(images, labels):
+    for image, label in pairs:
         if _scene(image) in leave:
             continue
         if _scene(image) not in without:

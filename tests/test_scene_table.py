@@ -4,6 +4,7 @@ import math
 import sys
 import types
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
-from seguncert.apps.scenes import ORACLE, Labelled, judge
+from seguncert.apps.scenes import ORACLE, Labelled, judge, main
 from seguncert.calibrating import draw
 from seguncert.calibrators import FEATURES
 from seguncert.evaluation import in_order
@@ -129,6 +130,25 @@ def test_a_photo_that_is_all_right_has_no_temperature():
     judged, _ = judge(pixels, kept)
     none, own = judged[0].pooled.compute(), judged[-1].pooled.compute()
     assert judged[-1].kind == ORACLE and 0 < own["nll"] < none["nll"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"without": ["noon"]}, "without: expected one of day; night. Received: noon"),
+        ({"without": ["day", "night, known"]}, "without: expected one of day; night. Received: night, known"),
+        ({"more_images": "images"}, "more-images, more-labels: expected both or neither. Received: one of them"),
+        ({}, "left-out: expected a net trained without day. Received: ones without anything"),
+    ],
+)
+def test_what_is_asked_for_and_not_there_is_told(settings, text, small_model, tmp_path):
+    for folder, shape in (("images", (8, 8, 3)), ("labels", (8, 8))):
+        (tmp_path / folder).mkdir()
+        for scene in ("day", "night"):
+            cv2.imwrite(str(tmp_path / folder / f"{scene}_0.png"), np.zeros(shape, np.uint8))
+    settings = {name: tmp_path / each if isinstance(each, str) else each for name, each in settings.items()}
+    with pytest.raises(ValueError, match=text):
+        main(str(small_model), tmp_path / "images", tmp_path / "labels", [], **settings)
 
 
 def test_without_fiducio_a_line_says_how_to_get_it(seen, monkeypatch):
