@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from seguncert.image import read_image
-from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.labels import IGNORED, find_pairs, read_labels
 from seguncert.metrics import Evaluation
 from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
@@ -121,7 +121,8 @@ def judge(
     for image, label in pairs:
         if keep is not None and (past is None or image.stem.split("_")[0] != sequence):
             past, sequence = Carry(keep), image.stem.split("_")[0]
-        rgb, labels_HW = read_image(image).rgb, read_label(label, len(net.classes), ignore_index)
+        rgb = read_image(image).rgb
+        (labels_HW,) = read_labels([label], len(net.classes), ignore_index, *rgb.shape[:2])
         H, W = labels_HW.shape
         started = time.perf_counter()
         logits, moments, _ = predict_photo(net, sampler, rgb, settings, past)

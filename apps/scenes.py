@@ -10,7 +10,7 @@ which the net has seen the place, though the others of that place may be among w
 fitted on all scenes but one and judged on that one, all of its pixels; `auto` chooses by holding out scenes among those that
 it is given. Pooled over the scenes held out, in brackets the middle 95 % of a bootstrap over blocks of neighbouring
 pictures. Pixels to fit on are drawn from all pictures, one in twenty at most; judged is every `--every`-th picture. Their
-logits are held in memory: 12 MB a picture of `street`. Where fiducio is installed its calibrators are fitted on the same
+logits and photos are held in memory: 14 MB a picture of `street`. Where fiducio is installed its calibrators are fitted on the same
 pixels and judged by the same code, see `seguncert.apps.fiducio_kinds`; the best of them is named after the fact.
 
 The last row is no calibrator but a mark to measure by: each picture softened by the temperature that fits its own labels
@@ -47,7 +47,7 @@ from seguncert.evaluation import in_order
 from seguncert.fitting import Candidate, Pixels, choose, fit
 from seguncert.image import read_image
 from seguncert.job import available_cores
-from seguncert.labels import IGNORED, find_pairs, read_label
+from seguncert.labels import IGNORED, find_pairs, read_labels
 from seguncert.metrics import Evaluation, ImageScores
 from seguncert.model import Model, load_model
 from seguncert.run import Settings, predict_photo
@@ -170,7 +170,8 @@ def collect(
     kept = dict[str, Labelled]()
 
     def task(picture: Picture) -> Any:
-        rgb, labels_HW = read_image(picture.image).rgb, read_label(picture.label, pixels.C, ignore_index)
+        rgb = read_image(picture.image).rgb
+        (labels_HW,) = read_labels([picture.label], pixels.C, ignore_index, *rgb.shape[:2])
         logits = predict_photo(picture.net, samplers[id(picture.net)], rgb, settings)[0]
         drawn = draw(pixels, logits, rgb, [labels_HW], picture.name, picture.scene)
         return drawn, Labelled(logits, rgb, labels_HW)

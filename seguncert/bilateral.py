@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from seguncert.kernels import LOG2E, LOWEST, MANTISSA, ONE, ONE_BITS, P1, P2, P3, P4, P5, P6, ROUND, compiled
 
-REACH = 2  # standard deviations of place: what is farther off in rows or in columns is left out
+REACH = 2  # standard deviations of place at most: what is farther off in rows or in columns is left out
 APART = 1 / 3  # standard deviations of place between those that are asked: beside each other they say the same
 
 
@@ -31,7 +31,7 @@ def joint_bilateral(
     step = max(1, round(place * APART))
     reach = int(REACH * place / step) * step
     colours_3ij = np.ascontiguousarray(np.moveaxis(colours_ij3, -1, 0)) / np.float32(colour)
-    found_Cij = np.empty_like(values_Cij)
+    found_Cij = np.empty(values_Cij.shape, np.float32)
     _filter(np.ascontiguousarray(values_Cij), colours_3ij, np.float32(place), reach, step, found_Cij)
     return found_Cij
 

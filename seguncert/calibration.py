@@ -148,6 +148,8 @@ def _calibrator(kind: str, **parameters: Any) -> Scaling | Neighbourhood | Vecto
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}")
     if kind == "neighbourhood":
+        if "windows" in values:
+            raise ValueError("kind neighbourhood of an earlier version; fit it anew with `seguncert calibrate`")
         (a, b), (c, d) = values["weights"]
         return Neighbourhood(**values | {"weights": ((a, b), (c, d))})
     return _scaling(kind, **values)
@@ -174,7 +176,7 @@ def _check_content(found: Calibration) -> None:
         lengths = [(len(calibrator.confidences), len(calibrator.values)), (len(calibrator.values) > 0, True)]
         lengths += [(list(calibrator.confidences), sorted(calibrator.confidences))]
     elif isinstance(calibrator, Neighbourhood):
-        lengths = [(min(calibrator.place, calibrator.colour) > 0, True)]
+        lengths = [(0.1 <= calibrator.place <= 1e4 and 1e-3 <= calibrator.colour <= 1e3, True)]
     elif calibrator is not None:
         assert isinstance(calibrator, Scaling)
         lengths = [(len(curve.slopes), 1 + len(curve.knots)) for curve in calibrator.curves]

@@ -1,8 +1,8 @@
 """Calibrators: what turns a net's logits into probabilities that can be believed. They act on logits and give logits,
 whose softmax are the probabilities; what they learned is a handful of numbers, kept as JSON.
 
-Letters: C classes, F features, h × w the scale of the logits, i × j a coarser grid, H × W the photo, R × W a
-band of its rows.
+Letters: C classes, F features, K terms that are weighed (ln p, ln p̄), h × w the scale of the logits, i × j a coarser grid,
+H × W the photo, R × W a band of its rows.
 
     temperature, class-conditional, local    softmax(β z), β > 0 a number of the pixel: the shown class stays the same
     neighbourhood                            softmax(a z + b ln p̄), p̄ the mean of p around, the shown class kept
@@ -37,10 +37,8 @@ from seguncert.scores import BLOCK, ZERO, exponentials
 from seguncert.slopes import LEAST_LOG
 
 KINDS = ("temperature", "vector", "class-conditional", "local", "neighbourhood", "histogram", "isotonic")
-PLACE, COLOUR = (
-    24.0,
-    0.05,
-)  # standard deviations of `Neighbourhood`: pixels of the model's frames, and the photo's full scale
+PLACE = 24.0  # standard deviation of what is near, in pixels of the model's frames
+COLOUR = 0.05  # standard deviation of what has the same colour, of full scale
 STRIDE = 4  # what is seen of the surroundings is made of every fourth pixel of every fourth row
 LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
 LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
@@ -203,7 +201,8 @@ class Scaling:
 class Neighbourhood:
     """softmax(Σₖ (aₖ + bₖ (d − middle)) xₖ), x₀ = ln p, x₁ = ln p̄, d = ln(mean doubt of the picture).
 
-    p̄ is the mean of p around, weighted by nearness in place and in the colour of the photo, see `seguncert.bilateral`. A class that would come within a hair of the net's, or above it, is put a hair below, so that the labels stay.
+    p̄ is the mean of p around, weighted by nearness in place and in the colour of the photo, see `seguncert.bilateral`. A class
+    that would come within a hair of the net's, or above it, is put a hair below, so that the labels stay.
     """
 
     weights: tuple[tuple[float, float], tuple[float, float]]  # (aₖ, bₖ) of the pixel and of what is around it

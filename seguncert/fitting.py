@@ -1,6 +1,6 @@
 """How calibrators are fitted: on a sample of pixels drawn while pictures pass by, by Newton's method, gated by held-out NLL.
 
-Letters: N pixels, C classes, F features, P parameters.
+Letters: N pixels, C classes, F features, K terms that are weighed (ln p, ln p̄), P parameters.
 
 All that is fitted minimises the mean of −Σ_c t_c ln p_c, where t is the share of raters that say class c: one rater's
 label is the special case of a single 1. Nothing is fitted on all pixels: those of a picture resemble each other so much that

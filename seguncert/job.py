@@ -308,7 +308,7 @@ def _in_blocks(
         suffix, file = sheet.save(job.format)
         files[name + suffix] = file
     files["overlay.jpg"] = _overlay(job, small, first, len(model.classes))
-    whole = job.calibrator is not None and "picture" in getattr(job.calibrator, "names", ())
+    whole = job.calibrator is not None and "picture" in getattr(job.calibrator, "looks", ())
     return shown.told() | _told(job, sums, None) | {"note": "calibrated block by block" if whole else ""}, files
 
 

@@ -252,7 +252,7 @@ def analyse(
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"image: expected RGB of shape (H, W, 3), uint8. Received: {image.shape}, {image.dtype}.")
-        photo = Photo(np.ascontiguousarray(image), "")
+        photo = Photo(np.array(image, order="C"), "")  # a copy: what is asked of the result later is of this photo
     else:
         try:
             photo = read_image(image)

@@ -27,6 +27,8 @@ import seguncert
 from hostile import make_hostile
 from seguncert import batch, cli, image, job, tiles
 from seguncert.batch import export, list_images
+from seguncert.calibration import Calibration
+from seguncert.calibrators import Neighbourhood, Scaling
 from seguncert.image import ImageError, read_image
 from seguncert.model import build_net, save_model, wrap_model
 from seguncert.tiles import Look, Picture
@@ -590,6 +592,38 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
     for name in one:
         if name.endswith(("_mean", "_error")):
             assert float(one[name]) == pytest.approx(float(other[name]), abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["neighbourhood", "temperature"])
+def test_that_parts_of_a_large_picture_are_calibrated_one_by_one_is_noted(
+    kind, pictures, small_model, tmp_path, monkeypatch
+):
+    source, model = tmp_path / "in", seguncert.load_model(small_model, "cpu")
+    source.mkdir()
+    rgb = cv2.resize(cv2.imread(str(next(pictures.rglob("*.png")))), (610, 433), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(source / "large.png"), rgb)
+    calibrator = Neighbourhood(((0.6, 0.1), (0.5, 0.0)), -2.0, -9.0, -0.1) if kind == "neighbourhood" else Scaling(kind, -0.5)  # fmt: skip
+    Calibration(calibrator, *batch.Settings(scale="native").fitted_for([model])).save(tmp_path / "c.json")
+    settings = {"calibration": tmp_path / "c.json", "device": "cpu", "scale": "native"}
+    export(source, tmp_path / "whole", small_model, **settings)
+    monkeypatch.setattr(job, "LARGE", 1000)
+    monkeypatch.setattr(image, "LARGE", 1000)
+    monkeypatch.setattr(tiles, "WHOLE", 1000)
+    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
+    export(source, tmp_path / "cut", small_model, **settings)
+    notes = [rows_of(tmp_path / each)["large.png"]["note"] for each in ("whole", "cut")]
+    assert notes == ["", "calibrated block by block" if kind == "neighbourhood" else ""]
+
+
+def test_a_result_keeps_its_photo_when_the_array_is_painted_on(small_model):
+    """A camera's frame buffer, say; what is asked for later looks at the photo's colours."""
+    model = seguncert.load_model(small_model, "cpu")
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    calibrator = Neighbourhood(((0.6, 0.1), (0.5, 0.0)), -2.0, -9.0, -0.1)
+    calibration = Calibration(calibrator, *batch.Settings().fitted_for([model]))
+    result = seguncert.analyse(model, rgb, calibration=calibration)
+    rgb[:, ::2] = 255
+    np.testing.assert_allclose(result.probabilities.max(0), result.maps["confidence"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

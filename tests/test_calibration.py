@@ -165,7 +165,7 @@ def test_a_shift_of_all_logits_changes_nothing():
         torch.testing.assert_close(here, there, rtol=0, atol=2e-4, msg=kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KEEPING if "around" not in kind and "neigh" not in kind])
+@pytest.mark.parametrize("kind", KEEPING)
 def test_what_is_not_finite_is_no_probability(kind):
     logits = logits_of(3, 8, 8)
     logits[1, 2, 3] = torch.nan
@@ -481,7 +481,8 @@ def test_a_damaged_file_is_said_to_be_one(damage, tmp_path):
         Remap("isotonic", (0.5, 0.4), (0.1, 0.2)),
         Remap("isotonic", (0.5,), (0.1, 0.2)),
         Remap("histogram", (), ()),
-        Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, place=0.0),
+        Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, place=1e-30),
+        Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, colour=1e60),
         Neighbourhood(((1.0, 0.0),) * 2, 0.0, 0.0, 0.0, colour=-0.1),
     ],
     ids=str,
@@ -492,9 +493,21 @@ def test_numbers_that_do_not_belong_together_are_no_calibration(calibrator, tmp_
         load_calibration(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize(
-    "change", [{"windows": [19, 77]}, {"weights": [[1.0, 0.0]] * 3}, {"weights": [[1.0], [0.0]]}, {"weights": 1.0}]
-)
+OLD = {
+    "kind": "neighbourhood", "weights": [[0.6, -0.2], [0.1, -0.2], [0.3, 0.2]], "middle": -2.5, "low": -3.2, "high": -1.3,
+    "frame": [450, 600], "windows": [19, 77],
+}  # fmt: skip
+
+
+def test_a_neighbourhood_of_an_earlier_version_is_to_be_fitted_anew(tmp_path):
+    file = tmp_path / "c.json"
+    Calibration(calibrators(3)["neighbourhood"], MODEL, SAMPLING).save(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"parameters": OLD}))
+    with pytest.raises(CalibrationError, match="kind neighbourhood of an earlier version; fit it anew with"):
+        load_calibration(file)
+
+
+@pytest.mark.parametrize("change", [{"weights": [[1.0, 0.0]] * 3}, {"weights": [[1.0], [0.0]]}, {"weights": 1.0}])
 def test_another_neighbourhood_is_said_to_be_one(change, tmp_path):
     file = tmp_path / "c.json"
     Calibration(calibrators(3)["neighbourhood"], MODEL, SAMPLING).save(file)

@@ -169,6 +169,23 @@ def test_a_calibrator_gets_what_it_saw_of_the_whole_at_the_photos_size(folder, m
         torch.testing.assert_close(features, torch.stack([logits.sum(0), logits[0]]), atol=1e-4, rtol=1e-4)
 
 
+def test_of_a_photo_made_worse_a_calibrator_sees_what_it_became(folder, model):
+    photos = []
+
+    class Looking(Sharper):
+        def look(self, logits, photo):
+            photos.append(photo)
+
+    judged(folder, model, calibrator=Looking(), corruptions=["gaussian-noise"], corrupted=2)
+    paths = [row["path"] for row in rows_of(folder)]
+    worse = [
+        corrupt(read_image(folder / "images" / path).rgb, "gaussian-noise", severity, picture_seed(0, path))
+        for path in paths
+        for severity in range(1, 6)
+    ]
+    assert sum(any(np.array_equal(photo, each) for photo in photos) for each in worse) == 2 * 5
+
+
 def test_a_calibration_that_gives_nan_fails_image_by_image(folder, model):
     class Broken(Sharper):
         def __call__(self, logits, features):

@@ -117,7 +117,8 @@ def drawn(pictures: Pictures, run: int = RUN, most: int = MOST) -> Pixels:
     pixels: Pixels | None = None
     for k, (logits_CHW, labels_HW) in enumerate(pictures):
         pixels = pixels or Pixels(len(logits_CHW), run=run, most=most)
-        pixels.add(draw(pixels, logits_CHW, [labels_HW], str(k), ""))
+        unseen = np.zeros((*labels_HW.shape, 3), np.uint8)  # a temperature does not look at the photo
+        pixels.add(draw(pixels, logits_CHW, unseen, [labels_HW], str(k), ""))
     assert pixels is not None
     return pixels
 
