@@ -21,7 +21,8 @@ def joint_bilateral(
 
     At x it is Σ w(x, y) v(y) / Σ w(x, y) with w = exp(−|x − y|² / 2 place² − |I(x) − I(y)|² / 2 colour²) (Petschnigg et al.
     2004, after Tomasi and Manduchi 1998); y goes over a square grid around x, what lies beyond the picture counts nothing.
-    Colours are from 0 to 1. Of a constant it is the constant, and of probabilities it is probabilities.
+    `place` is in pixels of the grid, `colour` in the unit of the colours. Of a constant it is the constant, and of
+    probabilities it is probabilities.
 
     >>> halves = np.array([[0, 0, 1, 1]], np.float32)
     >>> found = joint_bilateral(np.array([[[1, 0, 1, 1]]], np.float32), np.stack([halves] * 3, -1), 3.0, 0.05)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
 from seguncert.calibration import Calibration, CalibrationError
-from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, pixel_features, surroundings
+from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, around, pixel_features, surroundings
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
@@ -196,8 +196,10 @@ def draw(
     C, (H, W) = pixels.C, labels[0].shape
     at_N = pixels.picker(picture, np.flatnonzero(np.logical_or.reduce([each != IGNORED for each in labels])))
     with torch.inference_mode():
-        looked_at = (tuple(OF_SURROUNDINGS), pixels.frame, photo_HW3)
-        seen = [surroundings(logits_Chw, *looked_at)] if pixels.names else []
+        seen = []
+        if pixels.names:
+            seen.append(surroundings(logits_Chw, tuple(OF_SURROUNDINGS), pixels.frame))
+            seen.append(around(logits_Chw, photo_HW3, pixels.frame))
         all_NF = np.empty((len(at_N), C + sum(map(len, seen))), np.float32)
         column = 0
         for maps_Fij in [logits_Chw, *seen]:

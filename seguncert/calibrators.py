@@ -38,8 +38,9 @@ from seguncert.slopes import LEAST_LOG
 
 KINDS = ("temperature", "vector", "class-conditional", "local", "neighbourhood", "histogram", "isotonic")
 PLACE = 24.0  # standard deviation of what is near, in pixels of the model's frames
-COLOUR = 0.05  # standard deviation of what has the same colour, of full scale
+COLOUR = 3.0  # standard deviation of what has the same colour: a distance in CIE-Lab, of which the eye sees 2.3
 STRIDE = 4  # what is seen of the surroundings is made of every fourth pixel of every fourth row
+FINE = 2  # likewise, of what is near and of the same colour
 LEAST_MEAN = 1e-5  # added before the logarithm of a mean probability
 LEAST_DOUBT = 1e-6  # of 1 − p̂: below, one is as good as another
 WIDEST_GAP = 15.0  # nats between the two largest logits, likewise
@@ -211,7 +212,7 @@ class Neighbourhood:
     high: float
     frame: tuple[int, int] | None = None  # of the model
     place: float = PLACE  # standard deviation in pixels of the model's frames
-    colour: float = COLOUR  # likewise, of each of the three colours from 0 to 1
+    colour: float = COLOUR  # likewise, in CIE-Lab
     kind = "neighbourhood"
     keeps_labels = True
 
@@ -222,7 +223,9 @@ class Neighbourhood:
 
     def look(self, logits_Chw: Float[Tensor, "C h w"], photo_HW3: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "F i j"]:
         """`looks`, and ln p̄ of each class."""
-        return surroundings(logits_Chw, self.looks, self.frame, photo_HW3, self.place, self.colour)
+        around_Cij = around(logits_Chw, photo_HW3, self.frame, self.place, self.colour)
+        picture_1ij = surroundings(logits_Chw, self.looks, self.frame)[:, :1, :1].expand(-1, *around_Cij.shape[1:])
+        return torch.cat([picture_1ij, around_Cij])
 
     def __call__(
         self, logits_CRW: Float[Tensor, "C R W"], seen_FRW: Float[Tensor, "F R W"] | None
@@ -341,19 +344,12 @@ def surroundings(
     logits_Chw: Float[Tensor, "C h w"],
     names: Sequence[str],
     frame: tuple[int, int] | None = None,
-    photo_HW3: UInt8[np.ndarray, "H W 3"] | None = None,
-    place: float = PLACE,
-    colour: float = COLOUR,
 ) -> Float[Tensor, "F i j"]:
-    """The named `OF_SURROUNDINGS`, and where the photo is given ln of the mean probability around, of each class; on a coarser
-    grid.
+    """The named `OF_SURROUNDINGS`, on a coarser grid.
 
-    Lengths are as wanted on a picture as large as the frames of the model; they grow and shrink with the picture.
+    Windows have the wanted side on a picture as large as the frames of the model; they grow and shrink with the picture.
     """
-    C, h, w = logits_Chw.shape
-    unit = math.sqrt(h * w / math.prod(frame)) if frame else 1.0
-    stride = max(1, min(round(STRIDE * unit), min(h, w) // 8))
-    coarse_Cij = logits_Chw[:, stride // 2 :: stride, stride // 2 :: stride]
+    C, unit, stride, coarse_Cij = len(logits_Chw), *_grid(logits_Chw, frame, STRIDE)
     probs_Cij = coarse_Cij.softmax(0)
     sure_ij, label_ij = probs_Cij.max(0)
 
@@ -377,12 +373,33 @@ def surroundings(
                 shown_ij = (label_ij == c).float()
                 share_ij += shown_ij.numpy() * mean(shown_ij, int(side))
             found.append(share_ij)
-    if photo_HW3 is not None:
-        i, j = label_ij.shape
-        colours_ij3 = cv2.resize(photo_HW3, (j, i), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-        around_Cij = joint_bilateral(probs_Cij.numpy(), colours_ij3, place * unit / stride, colour)
-        found += list(np.log(around_Cij + LEAST_MEAN))
     return torch.from_numpy(np.stack(found))
+
+
+def around(
+    logits_Chw: Float[Tensor, "C h w"],
+    photo_HW3: UInt8[np.ndarray, "H W 3"],
+    frame: tuple[int, int] | None = None,
+    place: float = PLACE,
+    colour: float = COLOUR,
+) -> Float[Tensor, "C i j"]:
+    """ln p̄ of `Neighbourhood`, on a coarser grid; `place` grows and shrinks with the picture, as windows do."""
+    unit, stride, coarse_Cij = _grid(logits_Chw, frame, FINE)
+    i, j = coarse_Cij.shape[1:]
+    rgb_ij3 = cv2.resize(photo_HW3, (j, i), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    lab_ij3 = cv2.cvtColor(rgb_ij3, cv2.COLOR_RGB2LAB)
+    mean_Cij = joint_bilateral(coarse_Cij.softmax(0).numpy(), lab_ij3, place * unit / stride, colour)
+    return torch.from_numpy(np.log(mean_Cij + LEAST_MEAN))
+
+
+def _grid(
+    logits_Chw: Float[Tensor, "C h w"], frame: tuple[int, int] | None, wanted: int
+) -> tuple[float, int, Float[Tensor, "C i j"]]:
+    """How much larger the picture is than the model's frames, how many pixels are between two of the grid, and these."""
+    h, w = logits_Chw.shape[1:]
+    unit = math.sqrt(h * w / math.prod(frame)) if frame else 1.0
+    stride = max(1, min(round(wanted * unit), min(h, w) // 8))
+    return unit, stride, logits_Chw[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
 def _scaled(

@@ -19,6 +19,7 @@ from seguncert.calibrators import (
     Remap,
     Scaling,
     Vector,
+    around,
     calibrated_rows,
     pixel_features,
     surroundings,
@@ -44,7 +45,7 @@ def calibrators(C):
         "sharp": Scaling("temperature", 2.5),
         "class-conditional": Scaling("class-conditional", 0.2, tuple(0.5 - 0.3 * c for c in range(C))),
         "local": local,
-        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, -0.1)), -2.0, -4.0, -0.5, (30, 40), 9.0, 0.2),
+        "neighbourhood": Neighbourhood(((0.3, 0.2), (0.9, -0.1)), -2.0, -4.0, -0.5, (30, 40), 9.0, 20.0),
         "only what is around": Neighbourhood(((0.0, 0.0), (2.0, 0.0)), -2.0, -4.0, -0.5, (30, 40)),
         "vector": Vector(tuple(0.5 + 0.2 * c for c in range(C)), tuple(0.3 - 0.2 * c for c in range(C))),
         "histogram": Remap("histogram", (0.0, 0.7, 0.7000001, 1.0), (0.2, 0.2, 0.9, 0.9)),
@@ -323,15 +324,26 @@ def test_surroundings_by_plain_loops():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def cie_lab(rgb):
+    """Of sRGB from 0 to 1, with the white of D65 (IEC 61966-2-1, CIE 15)."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ np.array([[0.412453, 0.212671, 0.019334], [0.357580, 0.715160, 0.119193], [0.180423, 0.072169, 0.950227]])  # fmt: skip
+    share = xyz / [0.950456, 1.0, 1.088754]
+    f = np.where(share > 216 / 24389, np.cbrt(share), (24389 / 27 * share + 16) / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
 def test_what_is_around_by_plain_loops():
-    """Each fourth pixel of the logits, colours averaged over as much, and weights of place and colour."""
+    """Every second pixel of the logits, colours averaged over as much, and weights of place and colour."""
     logits, photo = logits_of(3, 48, 64), photo_of(96, 128)
-    p = softmax(logits.double().numpy()[:, 2::4, 2::4], 0)
-    colours = photo.reshape(12, 8, 16, 8, 3).mean((1, 3)).round() / 255
-    expected = np.log(bilateral_loops(p, colours, 10 / 4, 0.1) + 1e-5)
-    found = surroundings(logits, ["picture"], (48, 64), photo, 10.0, 0.1)
-    assert len(found) == 4
-    np.testing.assert_allclose(found[1:], expected, atol=1e-4)
+    p = softmax(logits.double().numpy()[:, 1::2, 1::2], 0)
+    colours = photo.reshape(24, 4, 32, 4, 3).mean((1, 3)).round() / 255
+    expected = bilateral_loops(p, cie_lab(colours), 10 / 2, 8.0)
+    found = around(logits, photo, (48, 64), 10.0, 8.0).exp() - 1e-5
+    off = np.abs(found.numpy() - expected)
+    assert off.max() < 0.01 and off.mean() < 0.002  # OpenCV's CIE-Lab is a table, off by up to 0.5
+    for place, colour in ((5.0, 16.0), (6.0, 8.0)):
+        assert np.abs(bilateral_loops(p, cie_lab(colours), place, colour) - expected).mean() > 0.005
 
 
 def test_windows_grow_with_the_picture():
@@ -339,12 +351,10 @@ def test_windows_grow_with_the_picture():
     small = torch.nn.functional.interpolate(logits_of(3, 6, 8)[None], size=(48, 64), mode="bilinear")[0]
     large = torch.nn.functional.interpolate(small[None], size=(96, 128), mode="bilinear")[0]
     names = ["picture", "entropy 31", "agreement 41"]
-    one, two = (surroundings(each, names, (48, 64), photo_of(*each.shape[1:])) for each in (small, large))
-    assert one.shape == two.shape == (6, 12, 16)
-    for each in (one, two):
-        each[3:].exp_()  # of what is around; its logarithm is steep where there is next to nothing
-    for here, there in ((one[:3], two[:3]), (one[3:], two[3:])):
-        assert float((here - there).abs().mean()) < 0.02 < float(here.std())
+    one, two = (surroundings(each, names, (48, 64)) for each in (small, large))
+    assert one.shape == two.shape and float((one - two).abs().mean()) < 0.02 < float(one.std())
+    one, two = (around(each, photo_of(*each.shape[1:]), (48, 64)).exp() for each in (small, large))
+    assert one.shape == two.shape and float((one - two).abs().mean()) < 0.02 < float(one.std())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 7), (5, 200)])
