@@ -400,7 +400,8 @@ def test_labels_of_ones_own_are_judged_and_fitted(tab, tmp_path):
         labels = np.where(rng.random((120, 160)) < 0.6, seguncert.analyse(model, picture).labels, 3)
         cv2.imwrite(str(tmp_path / "labels" / f"{k}.png"), labels.astype(np.uint8))
     tab.get_by_role("tab", name="Calibration").click()
-    assert "0.3070" in tab.inner_text("#card") and "fitted on 406" in tab.inner_text("#card")
+    held_out = seguncert.load_calibration(model.folder / "calibration-none.json").measured["scenes_held_out"]
+    assert f"{held_out['none']['nll']:.4f}" in tab.inner_text("#card") and "fitted on 406" in tab.inner_text("#card")
     tab.click("#labels-judge")
     tab.get_by_text("Choose photos and their label PNGs").first.wait_for()
     for which in ("images", "labels"):
