@@ -544,6 +544,14 @@ def test_as_many_samples_as_it_takes(pictures, small_model, tmp_path):
         assert 0.4 < np.sqrt((off**2).mean() / (result.errors[name] ** 2).mean()) < 2.5
 
 
+def cut_into_blocks(monkeypatch):
+    """From here on the pictures of these tests are large ones."""
+    monkeypatch.setattr(job, "LARGE", 1000)
+    monkeypatch.setattr(image, "LARGE", 1000)
+    monkeypatch.setattr(tiles, "WHOLE", 1000)
+    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
+
+
 @pytest.mark.parametrize("format", ["png16", "npy", "tiff"])
 @pytest.mark.parametrize("method", ["none", "mc-dropout"])
 def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
@@ -558,10 +566,7 @@ def test_maps_of_a_large_picture_go_to_the_disk_block_by_block(
     settings = {"method": method, "format": format, "device": "cpu", "scale": "native"}
     settings |= {"insert_dropout": {"segmentation_head": 0.3}, "samples": 4} if method != "none" else {}
     export(source, tmp_path / "whole", small_model, **settings)
-    monkeypatch.setattr(job, "LARGE", 1000)
-    monkeypatch.setattr(image, "LARGE", 1000)
-    monkeypatch.setattr(tiles, "WHOLE", 1000)
-    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
+    cut_into_blocks(monkeypatch)
     export(source, tmp_path / "cut", small_model, **settings)
     folder = tmp_path / "cut" / "large.png"
     assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole" / "large.png"))
@@ -606,10 +611,7 @@ def test_that_parts_of_a_large_picture_are_calibrated_one_by_one_is_noted(
     Calibration(calibrator, *batch.Settings(scale="native").fitted_for([model])).save(tmp_path / "c.json")
     settings = {"calibration": tmp_path / "c.json", "device": "cpu", "scale": "native"}
     export(source, tmp_path / "whole", small_model, **settings)
-    monkeypatch.setattr(job, "LARGE", 1000)
-    monkeypatch.setattr(image, "LARGE", 1000)
-    monkeypatch.setattr(tiles, "WHOLE", 1000)
-    monkeypatch.setattr(tiles, "BLOCK", 4 * 7 * 250**2)
+    cut_into_blocks(monkeypatch)
     export(source, tmp_path / "cut", small_model, **settings)
     notes = [rows_of(tmp_path / each)["large.png"]["note"] for each in ("whole", "cut")]
     assert notes == ["", "calibrated block by block" if kind == "neighbourhood" else ""]
