@@ -143,7 +143,10 @@ class Sight:
 
     def _below(self) -> list[float]:
         """Share of the photo's pixels less sure than 0, 1, … 100 %; who is wholly sure is never among them."""
-        hundredths = (self.result.maps["confidence"] * np.float32(100)).astype(np.uint8).ravel()
+        sure = self.result.maps["confidence"].ravel()
+        hundredths, lines = (sure * np.float32(100)).astype(np.uint8), (np.arange(102) / 100).astype(np.float32)
+        hundredths -= sure < lines[hundredths]  # the product was rounded onto a line, or below one
+        hundredths += sure >= lines[hundredths + np.uint8(1)]
         counts = np.bincount(hundredths, minlength=101)[:101]
         return [0.0, *np.round(counts[:100].cumsum() / hundredths.size, 6).tolist()]
 

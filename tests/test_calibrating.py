@@ -18,6 +18,7 @@ from seguncert.batch import export
 from seguncert.calibrating import calibrate, table_of
 from seguncert.calibration import CalibrationError, load_calibration
 from seguncert.evaluation import evaluate
+from seguncert.fitting import HARM
 from seguncert.image import read_image
 from seguncert.model import build_net, load_model, save_model
 from seguncert.predict import predict_logits
@@ -260,7 +261,12 @@ def test_auto_says_what_it_tried(folder, net):
     found = calibrated(folder, net, calibrator="auto", all_pixels=True)
     assert found.calibration.protocol["held_out"] == {"folds": 3, "by": "sequence", "clusters": 3}
     none, temperature, *richer = found.candidates
-    assert temperature.interval[0] > 0 and temperature.nll < none.nll and found.calibration.kind != "none"
+    assert (
+        temperature.interval[0] > 0
+        and temperature.worst <= HARM
+        and temperature.nll < none.nll
+        and found.calibration.kind != "none"
+    )
     assert [each.kind for each in found.candidates if each.chosen] == [found.calibration.kind]
     assert [each.kind for each in richer] == ["class-conditional", "vector", "local", "neighbourhood"]
     assert found.about.startswith(f"{found.calibration.kind}, fitted on {found.pixels} pixels of 9 images")
