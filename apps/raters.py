@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from seguncert.calibrating import draw
-from seguncert.calibrators import FEATURES
 from seguncert.fitting import Pixels, compare, fit
 from seguncert.image import read_image
 from seguncert.labels import find_pairs, read_label
 from seguncert.model import load_model
 from seguncert.predict import predict_logits
+from seguncert.surroundings import FEATURES
 
 KINDS = ("none", "temperature", "vector", "isotonic", "local")
 

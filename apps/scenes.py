@@ -41,7 +41,7 @@ from torch import Tensor
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.calibrating import draw
 from seguncert.calibration import Calibration, CalibrationError
-from seguncert.calibrators import FEATURES, Calibrator, both_rows
+from seguncert.calibrators import Calibrator, both_rows
 from seguncert.clusters import find_clusters
 from seguncert.evaluation import in_order
 from seguncert.fitting import Candidate, Pixels, choose, fit
@@ -52,6 +52,7 @@ from seguncert.metrics import Evaluation, ImageScores
 from seguncert.model import Model, load_model
 from seguncert.run import Settings, predict_photo
 from seguncert.scores import boundary_band
+from seguncert.surroundings import FEATURES
 
 ORACLE = "each photo's own temperature"
 KINDS = ("none", "temperature", "vector", "class-conditional", "isotonic", "local", "neighbourhood", "auto")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seguncert.batch import Spec, load_models, sequences
 from seguncert.calibration import Calibration, CalibrationError
-from seguncert.calibrators import FEATURES, KINDS, OF_SURROUNDINGS, around, pixel_features, surroundings
+from seguncert.calibrators import KINDS
 from seguncert.fitting import MOST, Candidate, Drawn, Pixels, choose, fit
 from seguncert.image import MAX_PIXELS
 from seguncert.job import Job, available_cores
@@ -27,6 +27,7 @@ from seguncert.maps import DRAWN, parse_method
 from seguncert.model import Model, load_model
 from seguncert.predict import rows_at_size
 from seguncert.run import Settings, chosen_views
+from seguncert.surroundings import FEATURES, OF_SURROUNDINGS, around, pixel_features, surroundings
 from seguncert.walk import Failed, Ready, check_file, visit, walk
 
 

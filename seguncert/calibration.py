@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seguncert.calibrators import FEATURES, KINDS, Calibrator, Curve, Neighbourhood, Remap, Scaling, Vector
+from seguncert.calibrators import KINDS, Calibrator, Curve, Neighbourhood, Remap, Scaling, Vector
 from seguncert.store import write_file
+from seguncert.surroundings import FEATURES
 
 VERSION = 1
 

@@ -13,20 +13,17 @@ from test_bilateral import bilateral_loops
 from seguncert.calibration import Calibration, CalibrationError, find_calibration, load_calibration
 from seguncert.calibrators import (
     HAIR,
-    LEAST_DOUBT,
     Curve,
     Neighbourhood,
     Remap,
     Scaling,
     Vector,
-    around,
     calibrated_rows,
-    pixel_features,
-    surroundings,
 )
 from seguncert.maps import describe
 from seguncert.predict import rows_at_size
 from seguncert.store import StoreError
+from seguncert.surroundings import LEAST_DOUBT, around, pixel_features, surroundings
 
 CLASSES = {2: ["a", "b"], 3: ["a", "b", "c"]}
 CURVES = (

@@ -13,8 +13,9 @@ from sklearn.isotonic import IsotonicRegression
 
 from seguncert import fitting
 from seguncert.calibration import CalibrationError
-from seguncert.calibrators import FEATURES, KINDS, Scaling
+from seguncert.calibrators import KINDS, Scaling
 from seguncert.fitting import BINS, HARM, MOST, RIDGE, Drawn, Pixels, choose, compare, fit, folds_of
+from seguncert.surroundings import FEATURES
 
 NAMES = ("picture", "entropy 31", "agreement 41")
 

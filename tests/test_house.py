@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [  # a module imports only modules above it
     "kernels", "bilateral", "posterior", "hidden", "scenes", "moments", "video", "detection", "slopes", "scores", "metrics", "conformal", "coverage", "maps", "truth", "image", "corruptions", "labels", "render", "legend", "report", "contact", "store", "rle", "handover", "cvat", "annotation", "tables", "card", "stochastic", "model", "embedding", "noise", "dropout", "prefix",
-    "backends", "fused", "closed", "tail", "predict", "calibrators", "calibration", "sets", "fitting", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "pool", "labelled", "aggregate", "regions", "diversity", "candidates", "choice", "selection", "clusters", "ranking", "published", "worst", "shift", "tally", "figures", "findings", "evaluation", "walk", "calibrating", "conforming", "cli_options", "cli_terminal", "cli_export", "cli_evaluate", "cli_fit", "cli_select", "cli_posterior", "cli",
+    "backends", "fused", "closed", "tail", "predict", "surroundings", "calibrators", "calibration", "sets", "fitting", "tiles", "sampling", "views", "run", "sheets", "job", "batch", "pool", "labelled", "aggregate", "regions", "diversity", "candidates", "choice", "selection", "clusters", "ranking", "published", "worst", "shift", "tally", "figures", "findings", "evaluation", "walk", "calibrating", "conforming", "cli_options", "cli_terminal", "cli_export", "cli_evaluate", "cli_fit", "cli_select", "cli_posterior", "cli",
 ]  # fmt: skip
 SHELLS = {"cli", "cli_posterior"}  # they start what lies under apps
 LEAVES = {"kernels", "moments", "image", "corruptions", "render", "store", "card", "posterior"}

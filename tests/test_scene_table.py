@@ -14,9 +14,9 @@ from scipy.special import log_softmax, softmax
 from seguncert.apps.fiducio_kinds import MISSING, fit_theirs, offered
 from seguncert.apps.scenes import ORACLE, Labelled, judge, main
 from seguncert.calibrating import draw
-from seguncert.calibrators import FEATURES
 from seguncert.evaluation import in_order
 from seguncert.fitting import Pixels, fit
+from seguncert.surroundings import FEATURES
 
 SCENES = {"night": 3, "day": 5, "dusk": 2}  # pictures of each
 
